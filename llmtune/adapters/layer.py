@@ -1,0 +1,105 @@
+"""What every adapter that wraps a module shares: where it sits, what it adds, and the model's names without it.
+
+An adapter layer stands in the place of the module it adapts and keeps that module as `base`. Several adapters on one
+module are nested, the newest outermost, so any kinds mix and each file reads alone. A parameter's *bare name* is its name
+in the model as it was before any adapter, DDP wrapper or `torch.compile`: penalties, checkpoints and merges speak in bare
+names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+class AdapterLayer(nn.Module):
+    """A module that stands in the place of `base`.
+
+    Attributes:
+        base: the module replaced; its own parameters are never written except by `merge`.
+        adapter_name: the adapter this layer belongs to.
+        active: whether the layer takes part in the forward pass; apart from whether its parameters are trained.
+    """
+
+    def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
+        super().__init__()
+        self.base = base
+        self.adapter_name = adapter_name
+        self.active = True
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Return what this layer adds to each of the bare module's parameters, by that parameter's local name.
+
+        Float32, differentiable, in the parameter's own shape ([out, in] for a linear weight, [in, out] for GPT-2's
+        Conv1D, [V, E] for an embedding), whether the layer is active or not. Empty where the method is no change of
+        parameters.
+        """
+        return {}
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return (left, right, scaling) with `deltas()["weight"] == scaling * left @ right`, or None where there is no
+        such form. left [rows, r] and right [r, columns] are views of the trained tensors and carry gradient."""
+        return None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside `torch.compile` and data-parallel wrappers; the model itself where there are none."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def bare_module(module: nn.Module) -> nn.Module:
+    """Return the innermost module under any adapter layers; the module itself where it has none."""
+    while isinstance(module, AdapterLayer):
+        module = module.base
+    return module
+
+
+def adapter_chain(module: nn.Module) -> list[AdapterLayer]:
+    """Return the adapter layers nested at one place, outermost first; empty for a bare module."""
+    chain: list[AdapterLayer] = []
+    while isinstance(module, AdapterLayer):
+        chain.append(module)
+        module = module.base
+    return chain
+
+
+def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (bare name, module as it stands now) for every module of the bare model.
+
+    The module yielded is the outermost adapter layer where there is one; an adapter's own sub-modules are not yielded.
+    A module that is used in two places is yielded once, under its first name, as `named_modules` does.
+    """
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrap(module)
+        inner = bare_module(module)
+        if id(inner) in seen:
+            return
+        seen.add(id(inner))
+        yield name, module
+        for child_name, child in inner.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    yield from walk("", model)
+
+
+def bare_named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (bare name, parameter) for every parameter of the bare model, adapters' own left out.
+
+    A parameter that is tied to another is yielded once, under its first name.
+    """
+    seen: set[int] = set()
+    for name, module in named_places(model):
+        for local, parameter in bare_module(module)._parameters.items():
+            if parameter is None or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield (f"{name}.{local}" if name else local), parameter
