@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from llmtune.modules import unwrap
+
 
 class AdapterLayer(nn.Module):
     """A module that stands in the place of `base`.
@@ -41,17 +43,6 @@ class AdapterLayer(nn.Module):
         """Return (left, right, scaling) with `deltas()["weight"] == scaling * left @ right`, or None where there is no
         such form. left [rows, r] and right [r, columns] are views of the trained tensors and carry gradient."""
         return None
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside `torch.compile` and data-parallel wrappers; the model itself where there are none."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def bare_module(module: nn.Module) -> nn.Module:

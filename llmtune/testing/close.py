@@ -19,8 +19,8 @@ def assert_close(actual: Tensor, expected: Tensor, *, rtol: float | None = None,
     Args:
         actual: any shape and dtype.
         expected: the same shape; its dtype may be wider (a float64 reference).
-        rtol: allowed difference over the largest finite `|expected|` (over 1 where that is 0). Left out, it follows from
-            the dtype of `actual`: 1e-10 float64, 1e-5 float32, 2e-2 bfloat16, 4e-3 float16, exact for integers.
+        rtol: allowed difference over the largest finite `|expected|` (over 1 where that is 0). Left out, it follows
+            from the dtype of `actual`: 1e-10 float64, 1e-5 float32, 2e-2 bfloat16, 4e-3 float16, exact for integers.
         what: the name of the value in the message.
 
     Raises:

@@ -53,15 +53,18 @@ def tiny_gpt2(seed: int = 0, *, attention: str = "sdpa", dropout: float = 0.0) -
     return _build(GPT2LMHeadModel, config, seed, attention)
 
 
-def tiny_bert(seed: int = 0, *, attention: str = "sdpa", labels: int | None = None, dropout: float = 0.0) -> PreTrainedModel:
+def tiny_bert(
+    seed: int = 0, *, attention: str = "sdpa", labels: int | None = None, dropout: float = 0.0
+) -> PreTrainedModel:
     """Return a BertForMaskedLM, or with `labels` a BertForSequenceClassification: 2 layers, 2 heads, width 22."""
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=22, num_hidden_layers=2, num_attention_heads=2, intermediate_size=29,
         max_position_embeddings=128, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-        num_labels=labels or 2, pad_token_id=0,
+        pad_token_id=0,
     )  # fmt: skip
+    config.num_labels = labels or 2
     return _build(BertForMaskedLM if labels is None else BertForSequenceClassification, config, seed, attention)
 
 
@@ -72,6 +75,7 @@ def tiny_t5(seed: int = 0, *, attention: str = "sdpa", dropout: float = 0.0) -> 
     config = T5Config(
         vocab_size=VOCABULARY, d_model=26, d_kv=11, d_ff=31, num_layers=2, num_decoder_layers=2, num_heads=2,
         relative_attention_num_buckets=7, relative_attention_max_distance=19, dropout_rate=dropout,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
+    config.decoder_start_token_id = 0
     return _build(T5ForConditionalGeneration, config, seed, attention)

@@ -1,0 +1,211 @@
+"""Losses of a linear head's logits, row by row, without the [N, V] logits: the engine of cross-entropy and divergence.
+
+The logits of a language model's head are often the largest tensor of a training step. Here they are made a chunk of rows
+at a time; each chunk is turned into its own gradient in place, multiplied back onto the hidden states and the head, and
+is gone before the next one comes. So the gradients are ready after the forward pass, and the backward pass scales them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK_BYTES = {"cpu": 64 * 2**20}
+CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
+FEWEST_ROWS = 64  # with fewer, reading the head costs more time than multiplying by it
+
+
+class RowLoss(Protocol):
+    """A loss that is a sum over rows of logits.
+
+    Attributes:
+        buffers: how many [rows, V] tensors, the logits among them, `in_place` holds at once.
+    """
+
+    @property
+    def buffers(self) -> int: ...
+
+    def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
+        """Return the losses [n] of logits z [n, V]; if asked, turn z in place into each row's gradient by its logits.
+
+        Args:
+            z: [n, V] logits W h + b in float32 or float64, to be overwritten.
+            rows: which rows of all these are.
+            tensors: what the loss needs beside the logits, for all rows.
+            gradients: whether z must hold the gradient afterwards.
+        """
+        ...
+
+    def plain(self, z: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+        """Return the losses [N] of all logits z [N, V] by the plain formula, differentiable any number of times."""
+        ...
+
+
+def linear_row_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: RowLoss,
+    tensors: tuple[Tensor | None, ...],
+    *,
+    per_row: bool = False,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Return the loss of the logits hidden @ weight.T + bias, summed over rows or row by row.
+
+    Args:
+        hidden: [N, E].
+        weight: [V, E].
+        bias: [V], or None.
+        loss: the loss of a row of logits.
+        tensors: handed to `loss`; they get no gradient.
+        per_row: return [N] instead of the sum. The head's gradient is then computed in the backward pass, from logits
+            made once more.
+        chunk_rows: rows of logits held at once; left out, as `default_chunk_rows` says.
+
+    Returns:
+        A scalar or [N], in float32, or float64 for float64 input.
+    """
+    dtype = _compute_dtype(hidden, weight)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    rows = default_chunk_rows(weight, loss.buffers) if chunk_rows is None else chunk_rows
+    if rows < 1:
+        raise ValueError(f"chunk_rows must be 1 or more; got {rows}")
+    asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    wanted = asked if torch.is_grad_enabled() else (False, False, False)
+    result: Tensor = _LinearRowLoss.apply(hidden, weight, bias, loss, per_row, rows, wanted, *tensors)[0]
+    return result
+
+
+def default_chunk_rows(weight: Tensor, buffers: int) -> int:
+    """Return how many rows of logits fit into 64 MB on a CPU, or 512 MB on an accelerator, but at least 64.
+
+    Args:
+        weight: [V, E], the head; its type and device decide.
+        buffers: how many [rows, V] tensors of at least float32 are held at once.
+    """
+    wide = 8 if weight.dtype == torch.float64 else 4
+    narrow = weight.element_size() if weight.element_size() < 4 else 0
+    budget = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES_ELSEWHERE)
+    return max(FEWEST_ROWS, budget // (weight.shape[0] * (wide * buffers + narrow)))
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the type in which a linear layer would multiply: autocast's where it is on, else the wider of the two."""
+    wider = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(hidden.device.type) and wider != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return wider
+
+
+class _LinearRowLoss(torch.autograd.Function):
+    """(loss, d hidden, d weight, d bias) of the head; see the module's docstring."""
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: RowLoss,
+        per_row: bool,
+        chunk_rows: int,
+        wanted: tuple[bool, bool, bool],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        if per_row:  # the head's gradient must wait for the rows' factors
+            wanted = (wanted[0], False, False)
+        losses, grads = _run_chunks(hidden, weight, bias, loss, tensors, chunk_rows, wanted)
+        return (losses if per_row else losses.sum(), *grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, bias, ctx.loss, ctx.per_row, ctx.chunk_rows, _, *tensors = inputs
+        ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:], hidden, weight, bias, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias, hidden, weight, bias, *tensors = ctx.saved_tensors
+        rest = (None,) * (4 + len(tensors))
+        if grad is None:
+            return (None, None, None, *rest)
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # a second derivative is asked for: only the plain formula has one
+            return (*_plain_gradients(hidden, weight, bias, ctx.loss, tuple(tensors), grad, needs), *rest)
+        if ctx.per_row and (needs[1] or needs[2]):
+            head_only = (False, needs[1], needs[2])
+            _, (_, d_weight, d_bias) = _run_chunks(
+                hidden, weight, bias, ctx.loss, tuple(tensors), ctx.chunk_rows, head_only, row_factors=grad
+            )
+            return (_scaled(d_hidden, grad[:, None]), d_weight, d_bias, *rest)
+        factor = grad[:, None] if ctx.per_row else grad
+        return (_scaled(d_hidden, factor), _scaled(d_weight, grad), _scaled(d_bias, grad), *rest)
+
+
+def _scaled(tensor: Tensor | None, factor: Tensor) -> Tensor | None:
+    return None if tensor is None else (tensor * factor).to(tensor.dtype)
+
+
+def _run_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: RowLoss,
+    tensors: tuple[Tensor | None, ...],
+    chunk_rows: int,
+    wanted: tuple[bool, bool, bool],
+    row_factors: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Return the rows' losses [N] and the wanted gradients of their sum, weighted with `row_factors` [N] if given."""
+    N, V = len(hidden), len(weight)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    losses = hidden.new_empty(N, dtype=wide)
+    d_hidden = torch.empty_like(hidden) if wanted[0] else None
+    d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    d_bias = hidden.new_zeros(V, dtype=wide) if wanted[2] else None
+    buffer = hidden.new_empty(min(chunk_rows, N), V)
+    for start in range(0, N, chunk_rows):
+        rows = slice(start, min(start + chunk_rows, N))
+        h = hidden[rows]
+        z = torch.mm(h, weight.T, out=buffer[: len(h)]).to(wide)
+        if bias is not None:
+            z += bias
+        losses[rows] = loss.in_place(z, rows, tensors, any(wanted))
+        if row_factors is not None:
+            z *= row_factors[rows, None]
+        if d_bias is not None:
+            d_bias += z.sum(0)
+        g = z if z.dtype == hidden.dtype else buffer[: len(h)].copy_(z)
+        if d_weight is not None and g.dtype == wide:
+            d_weight.addmm_(g.T, h)
+        elif d_weight is not None:
+            d_weight += g.T @ h
+        if d_hidden is not None:
+            torch.mm(g, weight, out=d_hidden[rows])
+    return losses, (
+        d_hidden,
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def _plain_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    loss: RowLoss,
+    tensors: tuple[Tensor | None, ...],
+    grad: Tensor,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of hidden, weight and bias as functions of them, so that they can be differentiated again."""
+    z = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+    losses = loss.plain(z.float() if z.element_size() < 4 else z, tensors)
+    inputs = [tensor for tensor, need in zip((hidden, weight, bias), needs, strict=True) if need and tensor is not None]
+    outputs = losses if grad.ndim else losses.sum()
+    found = iter(torch.autograd.grad(outputs, inputs, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)

@@ -1,0 +1,193 @@
+"""Cross-entropy of a linear head, computed only for the rows that carry a label and without ever holding all logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmtune.losses.chunked import linear_row_loss
+
+Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: Reduction = "mean",
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Return the cross-entropy of z = softcap(logit_scale * (hidden @ weight.T + bias)) with the targets.
+
+    A row's loss is (1 - e) (lse - z_target) + e (lse - mean z) + z_loss * lse^2, with lse = log sum exp z and e the label
+    smoothing: `F.cross_entropy(F.linear(hidden, weight, bias), targets)` with its options and more. It never holds the
+    [N, V] logits: only rows that carry a label are computed, `chunk_rows` at a time, and their gradient is formed in the
+    same pass. What stands in the other rows, NaN included, changes nothing. The z-loss is that of PaLM (Chowdhery et al.
+    2022, section 5), which has log^2 Z with factor 1e-4.
+
+    Args:
+        hidden: [N, E] floats. With bfloat16 or float16 the products run in that type, softmax and loss in float32.
+        weight: [V, E].
+        targets: [N] integers in 0 ... V - 1, or `ignore_index`.
+        bias: [V], or None.
+        ignore_index: the target of a row that carries no label.
+        label_smoothing: share of every target spread evenly over the vocabulary, 0 to 1.
+        z_loss: factor of lse^2, 0 or more.
+        softcap: bounds the logits to softcap * tanh(logits / softcap); None for none.
+        logit_scale: factor on the logits, before the soft cap.
+        reduction: "mean" over the rows with a label, "sum", or "none": [N], with 0 where there is no label.
+        chunk_rows: rows of logits held at once. Left out, as many as fit into 64 MB on a CPU (512 MB on an
+            accelerator), but at least 64.
+
+    Returns:
+        A scalar, or [N] for "none"; float32, or float64 for float64 input. Gradients flow to hidden, weight and bias,
+        for those that ask for one; a second derivative is computed through the plain formula, which builds the logits.
+
+    Raises:
+        ValueError: a shape, a target or an option is out of range, or no row carries a label and the mean is asked for.
+        TypeError: the targets are no integers.
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 3), torch.randn(7, 3)
+        >>> targets = torch.tensor([1, -100, 6, 0, -100])
+        >>> loss = linear_cross_entropy(hidden, weight, targets)
+        >>> torch.allclose(loss, F.cross_entropy(hidden @ weight.T, targets))
+        True
+    """
+    check_linear_shapes(hidden, weight, bias)
+    N, V = len(hidden), len(weight)
+    if targets.shape != (N,):
+        raise ValueError(f"expected targets [{N}], one for each row of hidden; got {tuple(targets.shape)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    loss = CrossEntropy(label_smoothing, z_loss, softcap, logit_scale)
+    rows = labelled_rows(targets, V, ignore_index=ignore_index)
+    if rows is not None:
+        hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
+    if len(targets) == 0 and reduction == "mean":
+        raise ValueError(f"the mean needs at least one target: all {N} are ignored (labels all {ignore_index})")
+    value = linear_row_loss(
+        hidden, weight, bias, loss, (targets,), per_row=reduction == "none", chunk_rows=chunk_rows
+    )
+    if reduction == "mean":
+        return value / len(targets)
+    return value if reduction == "sum" or rows is None else value.new_zeros(N).index_copy(0, rows, value)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The cross-entropy of one row of logits, with its options as in `linear_cross_entropy`; a `RowLoss`.
+
+    Its one tensor beside the logits are the targets [N], none of them ignored.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be between 0 and 1; got {self.label_smoothing}")
+        if not self.z_loss >= 0.0:
+            raise ValueError(f"z_loss must be 0 or more; got {self.z_loss}")
+        check_softcap(self.softcap)
+
+    @property
+    def buffers(self) -> int:
+        return 1 if self.softcap is None else 2
+
+    def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
+        """Return the losses [n] and turn the logits z [n, V] into their gradient; see `RowLoss`."""
+        (targets,) = tensors
+        assert targets is not None
+        index, smooth, slope = targets[rows, None], self.label_smoothing, None
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_()
+            slope = 1 - z.square() if gradients else None
+            z *= self.softcap
+        target_logit = z.gather(1, index).squeeze(1)
+        mean_logit = z.mean(1) if smooth else 0.0
+        highest = z.amax(1, keepdim=True)
+        total = z.sub_(highest).exp_().sum(1)
+        lse = total.log() + highest.squeeze(1)
+        loss = lse - (1 - smooth) * target_logit - smooth * mean_logit + self.z_loss * lse.square()
+        if gradients:
+            z *= ((1 + 2 * self.z_loss * lse) / total)[:, None]
+            z.scatter_add_(1, index, z.new_full(index.shape, smooth - 1))
+            if smooth:
+                z -= smooth / z.shape[1]
+            if slope is not None:
+                z *= slope
+            if self.logit_scale != 1.0:
+                z *= self.logit_scale
+        return loss
+
+    def plain(self, z: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+        """Return the losses [N] of logits z [N, V] by torch's own functions; see `RowLoss`."""
+        (targets,) = tensors
+        assert targets is not None
+        z = scaled_and_capped(z, self.logit_scale, self.softcap)
+        loss = F.cross_entropy(z, targets, reduction="none", label_smoothing=self.label_smoothing)
+        return loss + self.z_loss * z.logsumexp(-1).square() if self.z_loss else loss
+
+
+def labelled_rows(targets: Tensor, V: int, *, ignore_index: int = -100) -> Tensor | None:
+    """Return the indices [n] of the rows that carry a label, or None where all do.
+
+    Args:
+        targets: [N] integers.
+        V: the number of classes.
+        ignore_index: the target of a row without a label.
+
+    Raises:
+        ValueError: a target is neither `ignore_index` nor in 0 ... V - 1; names the first.
+        TypeError: the targets are no integers.
+    """
+    if targets.is_floating_point() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be integers; got {targets.dtype}")
+    valid = targets != ignore_index
+    wrong = valid & ((targets < 0) | (targets >= V))
+    labelled, misplaced = torch.stack([valid.sum(), wrong.sum()]).tolist()  # one wait for the device instead of two
+    if misplaced:
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets must be in 0 ... {V - 1} or ignore_index={ignore_index}; target {first} is {int(targets[first])}"
+        )
+    return None if labelled == len(targets) else valid.nonzero().squeeze(1)
+
+
+def scaled_and_capped(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """Return softcap * tanh(logit_scale * z / softcap), or logit_scale * z without a soft cap."""
+    z = z if logit_scale == 1.0 else z * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise ValueError where the soft cap is neither None nor larger than 0."""
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"softcap must be larger than 0, or None; got {softcap}")
+
+
+def check_linear_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError where hidden [N, E], weight [V, E] and bias [V] do not fit together."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"expected hidden [N, E] and weight [V, E]; got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias [{len(weight)}]; got {tuple(bias.shape)}")

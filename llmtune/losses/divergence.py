@@ -1,0 +1,208 @@
+"""Kullback-Leibler divergence between a teacher's and a student's predictions, also without their logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmtune.losses.chunked import linear_row_loss
+from llmtune.losses.cross_entropy import (
+    REDUCTIONS,
+    Reduction,
+    check_linear_shapes,
+    check_softcap,
+    scaled_and_capped,
+)
+
+Direction = Literal["forward", "reverse"]
+
+
+def kl_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Return temperature^2 * KL between the softmax of two sets of logits, each divided by the temperature.
+
+    "forward" is KL(teacher || student), "reverse" is KL(student || teacher). The factor temperature^2 keeps the size of
+    the gradient as the temperature changes (Hinton et al. 2015, section 2). Rows outside the mask change nothing, not
+    even by NaN in them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and all.
+
+    Args:
+        student: logits [..., V].
+        teacher: logits [..., V]; gets a gradient where it asks for one.
+        temperature: larger than 0; larger is softer.
+        direction: "forward" or "reverse".
+        mask: [...] booleans, True for the rows that count; None for all.
+        reduction: "mean" over the rows that count, "sum", or "none": [...], with 0 where the mask is False.
+
+    Returns:
+        A scalar, or [...] for "none", in at least float32; 0 or more.
+
+    Raises:
+        ValueError: shapes differ, an option is out of range, or no row counts and the mean is asked for.
+
+    Example:
+        >>> teacher = torch.randn(2, 3, 7)
+        >>> kl_divergence(teacher.clone(), teacher, temperature=2.0).item()
+        0.0
+    """
+    if student.ndim < 1 or student.shape != teacher.shape:
+        raise ValueError(f"student and teacher need one shape [..., V]; got {[*student.shape]} and {[*teacher.shape]}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    loss = Divergence(temperature, direction)
+    *shape, V = student.shape
+    rows = _rows_that_count(mask, torch.Size(shape))
+    student, teacher = student.reshape(-1, V), teacher.reshape(-1, V)
+    N = len(student)
+    if rows is not None:
+        student, teacher = student.index_select(0, rows), teacher.index_select(0, rows)
+    _check_mean(reduction, len(student), N)
+    value = loss.of_logits(_wide(student), _wide(teacher))
+    if reduction == "none":
+        return (value if rows is None else value.new_zeros(N).index_copy(0, rows, value)).reshape(shape)
+    return value.sum() / (len(value) if reduction == "mean" else 1)
+
+
+def linear_kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    direction: Direction = "forward",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: Reduction = "mean",
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Return `kl_divergence` of the logits of two linear heads, without ever holding either's [N, V] logits.
+
+    z = softcap(logit_scale * (hidden @ weight.T + bias)), and the same for the teacher, whose tensors get no gradient.
+    Computed `chunk_rows` rows at a time, only for rows where the mask is True.
+
+    Args:
+        hidden: [N, E], the student's.
+        weight: [V, E], the student's head.
+        teacher_hidden: [N, E'], the teacher's.
+        teacher_weight: [V, E'], the teacher's head.
+        temperature: larger than 0.
+        direction: "forward", KL(teacher || student), or "reverse", KL(student || teacher).
+        mask: [N] booleans, True for the rows that count; None for all.
+        bias: [V], the student's, or None.
+        teacher_bias: [V], or None.
+        softcap: bounds both models' logits; None for none.
+        logit_scale: factor on both models' logits, before the soft cap.
+        reduction: "mean" over the rows that count, "sum", or "none": [N], with 0 where the mask is False.
+        chunk_rows: rows of logits held at once; left out, as many as fit into 64 MB on a CPU (512 MB on an
+            accelerator), but at least 64.
+
+    Returns:
+        A scalar, or [N] for "none"; float32, or float64 for float64 input. A second derivative is computed through the
+        plain formula.
+
+    Raises:
+        ValueError: a shape or an option is out of range, or no row counts and the mean is asked for.
+    """
+    check_linear_shapes(hidden, weight, bias)
+    check_linear_shapes(teacher_hidden, teacher_weight, teacher_bias)
+    if len(hidden) != len(teacher_hidden) or len(weight) != len(teacher_weight):
+        raise ValueError(
+            "student and teacher need the same rows and the same vocabulary; got hidden "
+            f"{[*hidden.shape]} and {[*teacher_hidden.shape]}, weight {[*weight.shape]} and {[*teacher_weight.shape]}"
+        )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    loss = Divergence(temperature, direction, softcap, logit_scale)
+    N = len(hidden)
+    rows = _rows_that_count(mask, hidden.shape[:1])
+    if rows is not None:
+        hidden, teacher_hidden = hidden.index_select(0, rows), teacher_hidden.index_select(0, rows)
+    _check_mean(reduction, len(hidden), N)
+    fixed = (teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach())
+    value = linear_row_loss(hidden, weight, bias, loss, fixed, per_row=reduction == "none", chunk_rows=chunk_rows)
+    if reduction == "mean":
+        return value / len(hidden)
+    return value if reduction == "sum" or rows is None else value.new_zeros(N).index_copy(0, rows, value)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The divergence of one row of logits from a teacher's; a `RowLoss` with the teacher's hidden, weight and bias."""
+
+    temperature: float = 1.0
+    direction: Direction = "forward"
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature must be larger than 0; got {self.temperature}")
+        if self.direction not in ("forward", "reverse"):
+            raise ValueError(f'direction must be "forward" or "reverse"; got {self.direction!r}')
+        check_softcap(self.softcap)
+
+    @property
+    def buffers(self) -> int:
+        return 8
+
+    def of_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return the losses [N] of finished logits [N, V]."""
+        log_s = (student / self.temperature).log_softmax(-1)
+        log_t = (teacher / self.temperature).log_softmax(-1)
+        log_p, log_q = (log_t, log_s) if self.direction == "forward" else (log_s, log_t)
+        p = log_p.exp()
+        log_ratio = torch.where(p == 0, 0.0, log_p - log_q)  # 0 log 0 = 0, for logits of -inf
+        return self.temperature**2 * (p * log_ratio).sum(-1)
+
+    def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
+        """Return the losses [n] and turn the student's logits z [n, V] into their gradient; see `RowLoss`."""
+        hidden, weight, bias = tensors
+        assert hidden is not None
+        with torch.enable_grad():
+            logits = z.detach().requires_grad_(gradients)
+            losses = self.plain(logits, (hidden[rows], weight, bias))
+            if gradients:
+                z.copy_(torch.autograd.grad(losses.sum(), logits)[0])
+        return losses.detach()
+
+    def plain(self, z: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+        """Return the losses [N] of the student's logits z [N, V]; see `RowLoss`."""
+        hidden, weight, bias = tensors
+        assert hidden is not None
+        assert weight is not None
+        teacher = _wide(F.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)))
+        return self.of_logits(
+            scaled_and_capped(z, self.logit_scale, self.softcap),
+            scaled_and_capped(teacher.to(z.dtype), self.logit_scale, self.softcap),
+        )
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _rows_that_count(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape != shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be booleans {[*shape]}, one a row; got {mask.dtype} {[*mask.shape]}")
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _check_mean(reduction: str, rows: int, of: int) -> None:
+    if reduction == "mean" and rows == 0:
+        raise ValueError(f"the mean needs at least one row: the mask leaves none of {of}")

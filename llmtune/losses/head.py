@@ -1,0 +1,211 @@
+"""One mechanism for every language-model head: the hidden states that enter it, and what becomes of its logits.
+
+A loss that never builds the whole [B, T, V] of logits needs the head's input and the head itself. Both are taken from the
+model's own forward pass, by a hook on `model.get_output_embeddings()`, so that whatever stands before the head (BERT's
+transform, T5's factor d_model ** -0.5) is included and wrappers around the model still do their work. What stands after
+the head (soft-capping, a factor, BART's bias) is read from the configuration and checked against the model's own logits.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.types import Batch
+
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling",)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language model's head and what its model does to the logits: softcap * tanh(logit_scale * (W h + b) / softcap).
+
+    Attributes:
+        module: the head as it stands in the model: a linear layer, or an adapter layer around one.
+        softcap: the bound of the logits, or None.
+        logit_scale: factor on the logits, before the soft cap.
+        extra_bias: [V] added after the head (BART's `final_logits_bias`), or None.
+    """
+
+    module: nn.Module
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    extra_bias: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the model's logits [..., V] for hidden states [..., E] before the head; builds them all."""
+        return self.finish(self.module(hidden))
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Return the model's logits [..., V] from what the head module gave [..., V]."""
+        logits = raw if self.extra_bias is None else raw + self.extra_bias
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def linear(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return (weight [V, E], bias [V] or None) where the head is a plain linear layer; None where it is not.
+
+        An adapter layer that is switched off counts as the layer under it. Where this is None, call `logits` on as many
+        rows as fit: it runs the head as it stands, adapters and dropout included.
+        """
+        module = self.module
+        while hasattr(module, "base") and hasattr(module, "deltas") and not getattr(module, "active", True):
+            module = module.base
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            return None
+        bias = module.bias
+        if self.extra_bias is not None:
+            bias = self.extra_bias if bias is None else bias + self.extra_bias
+        return module.weight, bias
+
+
+def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
+    """Run the model on a batch and return what enters its head, and the head; the logits are never built.
+
+    Args:
+        model: a Hugging Face model with a language-modelling head; may be inside `torch.compile` or data-parallel
+            wrappers, which are called as they stand.
+        batch: tensors by name, as the model's forward takes them; "labels" is left out.
+
+    Returns:
+        (hidden [B, T, E] with gradient, head): `head.logits(hidden)` are the model's logits.
+
+    Raises:
+        ValueError: the model has no head (`get_output_embeddings`), does not call it exactly once, or changes its logits
+            in a way that the configuration does not tell.
+    """
+    inner = inner_model(model)
+    module = _head_module(inner)
+    captured: list[Tensor] = []
+    raw: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        captured.append(args[0])
+        return (args[0].detach()[(slice(0, 1),) * (args[0].ndim - 1)], *args[1:])
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        raw.append(output)
+
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        output = model(**model_inputs(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(captured) != 1:
+        raise ValueError(
+            f"{type(inner).__name__} must call its head {type(module).__name__} once in a forward pass; it called it "
+            f"{len(captured)} times. Compute the loss from the model's own logits instead"
+        )
+    return captured[0], _head(inner, module, raw[0], output)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the entries of a batch that go to `model(**inputs)` in training.
+
+    "labels" is left out. `use_cache=False` is added where the model's forward takes it: a cache costs memory, and makes
+    transformers forget that a batch is packed. Where `position_ids` start again within a row (packed documents), an
+    `attention_mask` of ones is left out, because with any mask transformers lets packed documents see each other.
+
+    Args:
+        model: the model to be called, wrapped or not.
+        batch: tensors by name; position_ids and attention_mask [B, T].
+
+    Raises:
+        ValueError: packed position ids come with an attention mask that has zeros.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if "use_cache" not in inputs and _takes(model, "use_cache"):
+        inputs["use_cache"] = False
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is None or positions is None or mask.ndim != 2 or positions.ndim != 2:
+        return inputs
+    real = mask[:, 1:].bool() & mask[:, :-1].bool()
+    if bool(((positions[:, 1:] != positions[:, :-1] + 1) & real).any()):
+        if not bool(mask.bool().all()):
+            raise ValueError(
+                "the batch is packed (position_ids start again within a row) and its attention_mask has zeros: "
+                "transformers would let packed documents see each other. Pack without padding (collate_packed), "
+                "or pad one document a row (collate_padded)"
+            )
+        del inputs["attention_mask"]
+    return inputs
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile` and data-parallel wrappers; the model itself where there are none."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    inner = inner_model(model)
+    parameters = inspect.signature(inner.forward).parameters
+    if name in parameters:
+        return True
+    base = getattr(inner, "get_base_model", None)  # PEFT's wrapper hands every keyword on
+    return base is not None and name in inspect.signature(base().forward).parameters
+
+
+def _head_module(inner: nn.Module) -> nn.Module:
+    find = getattr(inner, "get_output_embeddings", None)
+    module = find() if callable(find) else None
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"{type(inner).__name__} has no language-modelling head: get_output_embeddings() "
+            f"{'is missing' if find is None else f'gives {module!r}'}. Load the model with its head "
+            "(AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM), or give it that method"
+        )
+    return module
+
+
+def _head(inner: nn.Module, module: nn.Module, raw: Tensor, output: Any) -> Head:
+    """Return the head with the first reading of the configuration that gives the model's own logits from `raw`."""
+    readings = _readings(inner, module)
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[-1] != raw.shape[-1]:
+        return readings[0]
+    with torch.no_grad():
+        want = logits.detach().float()
+        allowed = (1e-4 if raw.dtype in (torch.float32, torch.float64) else 2e-2) * want.abs().max()
+        for head in readings:
+            if not bool(((head.finish(raw.detach().float()) - want).abs() > allowed).any()):  # a NaN is no difference
+                return head
+    raise ValueError(
+        f"{type(inner).__name__} changes its logits after the head in a way that its configuration does not tell "
+        f"({', '.join(f'softcap {head.softcap} and scale {head.logit_scale:g}' for head in readings)} all give other "
+        "logits). Compute the loss from the model's own logits instead"
+    )
+
+
+def _readings(inner: nn.Module, module: nn.Module) -> list[Head]:
+    """Return what the configuration may mean, the likeliest first. Models read the same entry in different ways:
+    Granite divides the logits by `logits_scaling`, HyperCLOVA X multiplies them, MiniCPM3 divides before the head."""
+    config = getattr(inner, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+
+    def numbers(names: tuple[str, ...]) -> list[float]:
+        found = [getattr(config, name, None) for name in names]
+        return [float(value) for value in found if isinstance(value, int | float) and value not in (0, 1)]
+
+    factors, divisors = numbers(FACTORS), numbers(DIVISORS)
+    scales = [*factors, *(1 / d for d in divisors), *divisors, 1.0]
+    caps: list[float | None] = [*numbers(SOFTCAPS), None]
+    bias = getattr(inner, "final_logits_bias", None)
+    extra = bias.reshape(-1) if isinstance(bias, Tensor) else None
+    return [Head(module, cap, scale, extra) for cap, scale in product(caps, scales)]

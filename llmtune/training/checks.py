@@ -1,0 +1,84 @@
+"""What the loop checks of its rows, its loss and its gradients, each with one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmtune.errors import NonFiniteError
+from llmtune.types import Batch
+
+
+def check_rows(rows: Any, what: str) -> None:
+    """Raise where `rows` cannot be trained on: no length or index (TypeError), or empty (ValueError)."""
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        kind = type(rows).__name__
+        raise TypeError(f"{what} must be rows with a length and an index (a list, a PackedDataset); got {kind}")
+    if len(rows) == 0:
+        raise ValueError(f"{what} is empty: there are no rows to go through")
+
+
+def loss_and_parts(result: Any, *, trained: bool = True) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return (loss, parts) of what `compute_loss` gave.
+
+    Args:
+        result: a scalar tensor, or (scalar tensor, named parts).
+        trained: whether the loss must carry a gradient.
+
+    Raises:
+        ValueError: the loss is no scalar, or carries no gradient.
+    """
+    loss, parts = result if isinstance(result, tuple) else (result, {})
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"compute_loss must return a scalar tensor, or (scalar, parts); got {came}")
+    if trained and not loss.requires_grad:
+        raise ValueError("the loss carries no gradient: it reaches no trainable parameter, or was made under no_grad")
+    return loss, parts
+
+
+def check_finite(model: nn.Module, metrics: Mapping[str, Any], *, step: int, skips: bool) -> None:
+    """Raise where a step's loss or gradient is NaN or infinite.
+
+    Args:
+        model: the model whose `.grad` were measured.
+        metrics: "loss", "grad_norm" and, where there is one, "penalty", as numbers.
+        step: the step's number, from 1, for the sentence.
+        skips: whether a gradient that is not finite is left to fp16's scaler, which skips such a step.
+
+    Raises:
+        NonFiniteError: names the step and the first parameter concerned.
+    """
+    for name in ("loss", "penalty"):
+        value = metrics.get(name, 0.0)
+        if not math.isfinite(value):
+            raise NonFiniteError(f"step {step}: the {name} is {value}; no weight has been changed by this step")
+    if math.isfinite(metrics["grad_norm"]) or skips:
+        return
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    where = f"first in {bad[0]}" if bad else "in its norm alone"
+    raise NonFiniteError(f"step {step}: the gradient is not finite, {where}; no weight has been changed by this step")
+
+
+def real_tokens(batch: Batch) -> int:
+    """Return how many tokens of the batch are no padding; 0 where it has no "input_ids"."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    return int(mask.sum()) if mask is not None else (0 if ids is None else ids.numel())
+
+
+def mean_by_name(batches: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, float]:
+    """Return the sum over all batches' sums divided by that of their counts, name by name.
+
+    Args:
+        batches: (sums, counts) of each batch; a name without counts is left out.
+    """
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for batch_sums, batch_counts in batches:
+        for name, value in batch_sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+            counts[name] = counts.get(name, 0.0) + float(batch_counts[name])
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}

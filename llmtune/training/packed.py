@@ -1,0 +1,88 @@
+"""A trial before a run: do packed documents see each other in this model?
+
+Models tell documents apart in different ways, or not at all, and a wrong attention implementation, a cache or a
+needless mask silently turns the separation off. So the loop does not trust a list of models: it asks the model itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.losses.head import model_inputs
+from llmtune.modules import eval_mode
+from llmtune.types import Batch
+
+FIRST, SECOND = 5, 4  # tokens of the trial's two documents
+
+
+def is_packed(batch: Batch) -> bool:
+    """Return whether a row of the batch holds several documents: its position ids [B, T] start again at 0."""
+    positions = batch.get("position_ids")
+    return positions is not None and positions.ndim == 2 and bool((positions[:, 1:] == 0).any())
+
+
+@torch.no_grad()
+def document_leak(model: nn.Module, tokens: Tensor) -> float:
+    """Return how far the output at one document moves when the other document of its pack changes.
+
+    0, to rounding, where documents are apart. Runs three forward passes over nine tokens in eval mode.
+
+    Args:
+        model: a Hugging Face model that returns `logits` or `last_hidden_state`.
+        tokens: [n] token ids to make the trial from, n >= 2, of at least two kinds.
+
+    Returns:
+        The largest change over the largest output: a fraction.
+
+    Raises:
+        ValueError: the model's forward takes no `position_ids`, or the tokens are all the same.
+    """
+    kinds = tokens.unique()
+    if len(kinds) < 2:
+        raise ValueError(f"the trial needs two kinds of tokens; got only {kinds.tolist()}")
+    pick = torch.arange(FIRST + SECOND, device=tokens.device) % 2
+    ids = kinds[pick]
+    other_first, other_second = ids.clone(), ids.clone()
+    other_first[:FIRST] = kinds[1 - pick[:FIRST]]
+    other_second[FIRST:] = kinds[1 - pick[FIRST:]]
+    positions = torch.cat([torch.arange(FIRST), torch.arange(SECOND)]).to(tokens.device)
+
+    def run(row: Tensor) -> Tensor:
+        batch = {"input_ids": row[None], "position_ids": positions[None]}
+        try:
+            output = model(**model_inputs(model, batch))
+        except TypeError as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot tell packed documents apart: {error}. Use collate_padded"
+            ) from error
+        logits = getattr(output, "logits", None)
+        return (output.last_hidden_state if logits is None else logits)[0].float()
+
+    with eval_mode(model):
+        base = run(ids)
+        moved = [(run(other_first) - base)[FIRST:], (run(other_second) - base)[:FIRST]]
+    return max(float(part.abs().max()) for part in moved) / max(float(base.abs().max()), 1e-30)
+
+
+def check_documents_apart(model: nn.Module, batch: Batch) -> None:
+    """Raise where `batch` is packed and the model lets packed documents see each other; otherwise do nothing.
+
+    Args:
+        model: the model about to be trained.
+        batch: its first batch, "input_ids" and "position_ids" [B, T].
+
+    Raises:
+        ValueError: the documents see each other, or the model takes no position ids; says what to do.
+    """
+    if not is_packed(batch) or len(batch["input_ids"].unique()) < 2:
+        return
+    leak = document_leak(model, batch["input_ids"].flatten())
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    if leak > (1e-2 if half else 1e-4):
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", "its own")
+        raise ValueError(
+            f"packed documents see each other in {type(model).__name__} under attention {attention!r}: changing one "
+            f"document moves another's output by {leak:.1%}. Call llmtune.integrations.register() and "
+            'model.set_attn_implementation("llmtune"), or use collate_padded'
+        )

@@ -1,0 +1,94 @@
+"""The knobs of a run: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+
+# What may differ between a run and its resumption: it changes where results go or how often one looks, not the result.
+_FREE = frozenset({"folder", "save_every", "keep", "eval_every", "log_every", "progress"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """The settings of a `TrainingLoop`; frozen, so that a run is what its settings say.
+
+    Args:
+        max_steps: optimizer steps to take. Exactly one of `max_steps` and `epochs` is given.
+        epochs: passes over the data; each row is seen exactly this many times.
+        rows_per_step: rows of the data set whose gradient makes one optimizer step (packs, where the data is packed).
+        rows_per_micro_batch: rows in one forward pass; the default is all of `rows_per_step`. The gradient does not
+            depend on it, only the memory does.
+        learning_rate: the peak learning rate of AdamW.
+        schedule: a name `transformers.get_scheduler` knows: "linear", "cosine", "constant" ...
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        weight_decay: AdamW's decoupled decay, for tensors of two or more dimensions; biases and norms are left out.
+        clip_norm: largest gradient norm, over all trained parameters; None only measures it.
+        precision: "float32"; "bf16" or "fp16" run the forward pass under autocast (parameters keep their dtype), fp16
+            with a gradient scaler.
+        seed: of the data order and of the run's random state.
+        folder: where checkpoints and `history.csv` go; None writes nothing.
+        save_every: optimizer steps between checkpoints; None saves only at the end. Needs `folder`.
+        keep: how many checkpoints stay; older ones are removed after a new one is safely written.
+        eval_every: optimizer steps between evaluations; None evaluates only at the end. Needs `eval_data`.
+        log_every: optimizer steps between rows of the history shown on the bar; every step is recorded.
+        progress: whether to print the banner, the bar and the end line.
+
+    Raises:
+        ValueError: a setting is out of its range, or two settings contradict each other; the sentence names it.
+    """
+
+    max_steps: int | None = None
+    epochs: int | None = None
+    rows_per_step: int = 8
+    rows_per_micro_batch: int | None = None
+    learning_rate: float = 2e-4
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    seed: int = 0
+    folder: str | Path | None = None
+    save_every: int | None = None
+    keep: int = 2
+    eval_every: int | None = None
+    log_every: int = 10
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give exactly one of max_steps and epochs; got max_steps={self.max_steps}, epochs={self.epochs}"
+            )
+        if not isinstance(self.warmup_steps, int):
+            raise ValueError(f"warmup_steps must be a whole number of steps; got {self.warmup_steps!r}")
+        counts = ("max_steps", "epochs", "rows_per_step", "rows_per_micro_batch", "save_every", "eval_every",
+                  "keep", "log_every")  # fmt: skip
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+        for name in ("learning_rate", "weight_decay", "warmup_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, or None to measure without clipping; got {self.clip_norm}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        if self.precision not in ("float32", "bf16", "fp16"):
+            raise ValueError(f'precision must be "float32", "bf16" or "fp16"; got {self.precision!r}')
+        if self.save_every is not None and self.folder is None:
+            raise ValueError("save_every needs a folder to save into: give folder=..., or leave save_every out")
+
+    def what_changes_the_result(self) -> dict[str, Any]:
+        """Return the settings that a resumed run must share with the run it goes on with, as JSON values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in _FREE}
