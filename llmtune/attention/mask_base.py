@@ -76,7 +76,7 @@ class Mask:
     def additive(self, T: int, S: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Return the mask as numbers to add to the scores, made once and kept for the layers that share this mask.
 
-        A row without any key gets zeros, so that no kernel meets a row of -inf: what it computes there is to be dropped.
+        A row without any key gets zeros, so that no kernel meets a row of -inf; its result is to be dropped.
 
         Args:
             T: number of queries.
@@ -85,14 +85,20 @@ class Mask:
             device: where they are needed.
 
         Returns:
-            (values, seen): values in the shape of `dense`, 0 where a query may attend and -inf where not; seen is None
-            where every query has a key, else bool, [T, 1] or [B | 1, H | 1, T, 1], False at the rows without one.
+            (values, seen): values as `dense`, but 1 in place of any size but S along which they repeat; 0 where a query
+            may attend and -inf where not. seen is None where every query has a key, else bool, the shape of values with
+            S = 1, False at the rows without a key.
         """
         key = (T, S, dtype, device)
         kept = self.__dict__.get("_kept")
         if kept is not None and kept[0] == key:
             return kept[1]
         allowed = self.dense(T, S, device=device)
+        for dim in range(allowed.ndim - 1):
+            if (
+                allowed.stride(dim) == 0 and allowed.shape[dim] > 1
+            ):  # repeated, as padding is for every query: once is enough
+                allowed = allowed.narrow(dim, 0, 1)
         seen = allowed.any(dim=-1, keepdim=True)
         values = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(seen & ~allowed, float("-inf"))
         if torch.compiler.is_compiling():  # a traced graph may neither read values nor leave tensors behind
@@ -104,7 +110,9 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         """Return the mask that allows what both allow."""
         if not isinstance(other, Mask):
-            raise TypeError(f"a mask joins with a mask, got {type(other).__name__}: wrap a boolean tensor in Dense(...)")
+            raise TypeError(
+                f"a mask joins with a mask, got {type(other).__name__}: wrap a boolean tensor in Dense(...)"
+            )
         return Intersection((*_parts(self), *_parts(other)))
 
 

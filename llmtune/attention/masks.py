@@ -1,8 +1,8 @@
 """Which query may attend to which key, as small frozen records that compose with `&`.
 
-A mask says what it means (causal, padding, documents), so that a backend can skip work instead of reading a [T, S] table;
-and every mask knows that table, `dense(T, S)`, for the backends that need it. True means: may attend. Anything additive
-is a bias, not a mask. Lengths and cuts are kept as ints on the host, because backends plan with them.
+A mask says what it means (causal, padding, documents), so that a backend can skip work instead of reading a table; and
+every mask knows its table, `dense(T, S)`, for the backends that need it. True means: may attend. Anything additive is a
+bias, not a mask. Lengths and cuts are kept as ints on the host, because backends plan with them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Causal(Mask):
     Raises:
         ValueError: the offset is a tensor that does not hold integers.
 
+    >>> from llmtune.attention import Causal
     >>> Causal().dense(2, 3)
     tensor([[ True,  True, False],
             [ True,  True,  True]])
@@ -49,9 +50,9 @@ class Causal(Mask):
     def dense(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
         """Return bool [T, S], or [B, 1, T, S] where every row has its own offset. See `Mask.dense`."""
         query, key = torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
-        if isinstance(self.offset, tuple):
-            return key <= query + torch.tensor(self.offset, device=device)[:, None, None, None]
-        return key <= query + (S - T if self.offset is None else self.offset)
+        if self.offset is None or isinstance(self.offset, int):
+            return key <= query + (S - T if self.offset is None else self.offset)
+        return key <= query + torch.tensor(_ints(self.offset), device=device)[:, None, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,7 @@ class Padding(Mask):
     Raises:
         ValueError: a length is negative, or both or neither are given.
 
+    >>> from llmtune.attention import Padding
     >>> Padding([1, 3]).dense(1, 3)[:, 0, 0]
     tensor([[ True, False, False],
             [ True,  True,  True]])
@@ -135,14 +137,14 @@ class Documents(Mask):
     Args:
         cu_seqlens: [n+1] ints, ascending from 0 to T: document i is the queries cu_seqlens[i] ... cu_seqlens[i+1] - 1,
             the same in every row of the batch.
-        key_cu_seqlens: [n+1] ints from 0 to S, the same for the keys. Left out, the keys are cut as the queries are, and
-            T must be S.
+        key_cu_seqlens: [n+1] ints from 0 to S, the same for the keys; left out, as the queries, and T must be S.
         query_ids, key_ids: instead of cuts; `from_ids` makes them.
 
     Raises:
         ValueError: the cuts do not start at 0 or are not ascending, or queries and keys have not the same number of
             documents. That they end at T and S is checked when the mask is used.
 
+    >>> from llmtune.attention import Documents
     >>> Documents.from_lengths([2, 1]).dense(3, 3)
     tensor([[ True,  True, False],
             [ True,  True, False],
@@ -166,14 +168,17 @@ class Documents(Mask):
                 raise ValueError(f"cu_seqlens cuts {queries} documents, key_cu_seqlens {keys}: they must be as many")
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int] | Tensor, key_lengths: Sequence[int] | Tensor | None = None) -> Documents:
+    def from_lengths(
+        cls, lengths: Sequence[int] | Tensor, key_lengths: Sequence[int] | Tensor | None = None
+    ) -> Documents:
         """Return the mask of documents of these lengths, laid end to end.
 
         Args:
             lengths: [n] ints, the tokens of each document; they sum to T.
             key_lengths: [n] ints that sum to S; left out, as `lengths`.
         """
-        return cls(_running_sum(lengths, "lengths"), key_lengths and _running_sum(key_lengths, "key_lengths"))
+        keys = None if key_lengths is None else _running_sum(key_lengths, "key_lengths")
+        return cls(_running_sum(lengths, "lengths"), keys)
 
     @classmethod
     def from_ids(cls, query_ids: Tensor, key_ids: Tensor | None = None) -> Documents:

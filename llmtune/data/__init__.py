@@ -1,0 +1,19 @@
+"""Data: text to rows, rows to packs and batches."""
+
+from llmtune.data.chat import chat_examples
+from llmtune.data.collate import collate_packed, collate_padded
+from llmtune.data.masking import MaskedLMCollator
+from llmtune.data.packing import PackedDataset, pack
+from llmtune.data.rows import prompt_examples, read_rows, text_examples
+
+__all__ = [
+    "MaskedLMCollator",
+    "PackedDataset",
+    "chat_examples",
+    "collate_packed",
+    "collate_padded",
+    "pack",
+    "prompt_examples",
+    "read_rows",
+    "text_examples",
+]

@@ -21,8 +21,8 @@ IGNORED = -100
 def collate_packed(rows: Sequence[Mapping[str, Any]]) -> Batch:
     """Return one row that holds all `rows` behind each other, each document with positions from 0.
 
-    Documents are kept apart by their positions alone, without an attention mask; the loop checks that the model does so.
-    The first label of every document is masked, so that no document is asked to predict the next one's first token.
+    Documents are kept apart by their positions alone, without an attention mask; the loop checks that the model does
+    so. The first label of every document is masked, so that no document is asked to predict the next one's first token.
 
     Args:
         rows: each with "input_ids" [n]; "labels" [n] unshifted; "position_ids" [n] where the row itself holds several
@@ -38,7 +38,8 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> Batch:
             one value a token, or has positions that do not start at 0. Names row and field.
 
     Example:
-        >>> batch = collate_packed([{"input_ids": [5, 7], "labels": [5, 7]}, {"input_ids": [9, 9, 9], "labels": [9, 9, 9]}])
+        >>> rows = [{"input_ids": [5, 7], "labels": [5, 7]}, {"input_ids": [9, 9, 9], "labels": [9, 9, 9]}]
+        >>> batch = collate_packed(rows)
         >>> batch["position_ids"].tolist(), batch["labels"].tolist()
         ([[0, 1, 0, 1, 2]], [[-100, 7, -100, 9, 9]])
     """
@@ -72,8 +73,8 @@ def collate_padded(
 
     Args:
         rows: each with "input_ids" [n] and what else the model takes. "labels" may be one number a row (a class, or a
-            float to regress on), integers [n] a row (one a token, or a target sequence of its own length), or floats [C]
-            (several classes at once).
+            float to regress on), integers [n] a row (one a token, or a target sequence of its own length), or floats
+            [C] (several classes at once).
         pad_token_id: the token to fill with; nothing is ever masked by comparing with it.
         side: where the padding goes; "left" for generation. A target sequence of its own length is always padded right.
         pad_to_multiple_of: rounds the padded length up.
@@ -148,6 +149,6 @@ def _as_tensor(value: Any, name: str, index: int) -> Tensor:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f'row {index}: field "{name}" is neither a number nor an array of numbers: {error}. Leave it out of the rows'
+            f'row {index}: field "{name}" is neither a number nor an array of numbers: {error}. Leave it out'
         ) from error
     return tensor.float() if tensor.dtype == torch.float64 and not isinstance(value, Tensor) else tensor

@@ -1,0 +1,28 @@
+"""Losses: functions of tensors that never build a language model's logits, and losses of a batch made of them."""
+
+from llmtune.losses.causal_lm import CausalLMLoss, causal_lm_loss
+from llmtune.losses.classification import ClassificationLoss, classification_loss
+from llmtune.losses.cross_entropy import linear_cross_entropy
+from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
+from llmtune.losses.head import Head, hidden_before_head, model_inputs
+from llmtune.losses.masked_lm import MaskedLMLoss, masked_lm_loss
+from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss, sequence_to_sequence_loss
+from llmtune.losses.token_loss import head_cross_entropy
+
+__all__ = [
+    "CausalLMLoss",
+    "ClassificationLoss",
+    "Head",
+    "MaskedLMLoss",
+    "SequenceToSequenceLoss",
+    "causal_lm_loss",
+    "classification_loss",
+    "head_cross_entropy",
+    "hidden_before_head",
+    "kl_divergence",
+    "linear_cross_entropy",
+    "linear_kl_divergence",
+    "masked_lm_loss",
+    "model_inputs",
+    "sequence_to_sequence_loss",
+]

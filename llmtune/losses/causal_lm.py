@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmtune.losses.head import hidden_before_head
-from llmtune.losses.token_loss import head_cross_entropy
+from llmtune.losses.token_loss import head_cross_entropy, refuse_encoder_decoder, token_labels
 from llmtune.types import Batch
 
 
 @dataclass(frozen=True)
 class CausalLMLoss:
-    """Mean over targets of -log p(label[t + 1] | tokens up to t): the labels of a batch are unshifted, the loss shifts.
+    """Mean over targets of -log p(label[t + 1] | tokens up to t): labels come unshifted, the loss shifts.
 
-    Works for any Hugging Face causal language model, with the model's own soft-capping and logit scale, and never builds
-    the [B, T, V] logits; positions without a label cost nothing in the head. Equal to the model's own
-    `model(**batch, labels=...)` loss. Label smoothing acts after the shift and only on labelled positions (transformers'
-    LabelSmoother shifts on demand only and smooths over its own count).
+    Works for any Hugging Face causal language model, with the model's own soft-capping and logit scale, and equals the
+    loss that the model itself returns. It never builds the [B, T, V] logits; positions without a label cost nothing in
+    the head. Label smoothing acts after the shift, on labelled positions alone.
 
     Attributes:
         label_smoothing: share of every target spread evenly over the vocabulary, 0 to 1.
@@ -47,10 +46,11 @@ class CausalLMLoss:
             batch: "input_ids" and "labels" [B, T], and whatever else the model's forward takes.
 
         Raises:
-            ValueError: the batch has no labels, all of them are -100, one is out of range, or the model's head cannot be
-                found.
+            ValueError: the batch has no labels, all of them are -100, one is out of range, or the model's head cannot
+                be found.
         """
-        targets = shifted_targets(batch)
+        targets = token_labels(batch)[:, 1:]
+        refuse_encoder_decoder(model)
         hidden, head = hidden_before_head(model, batch)
         T = targets.shape[1] + 1  # counted from the end: prompt tuning puts virtual tokens before the first
         return head_cross_entropy(
@@ -58,27 +58,8 @@ class CausalLMLoss:
         )
 
     def count_targets(self, batch: Batch) -> int:
-        """Return how many labels after the first of each row are not -100: a row's first token is predicted by nothing."""
-        return int((shifted_targets(batch) != -100).sum())
-
-
-def shifted_targets(batch: Batch) -> Tensor:
-    """Return labels[:, 1:] [B, T - 1], what positions 0 ... T - 2 are to predict.
-
-    Raises:
-        ValueError: the batch has no "labels" [B, T] of integers.
-    """
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
-        what = (
-            "none"
-            if labels is None
-            else f"{tuple(labels.shape)} of {labels.dtype}"
-            if isinstance(labels, Tensor)
-            else f"{labels!r}"
-        )
-        raise ValueError(f'a language-model loss needs "labels" [B, T] of integers in the batch; got {what}')
-    return labels[:, 1:]
+        """Return how many labels are not -100, each row's first left out: nothing predicts it."""
+        return int((token_labels(batch)[:, 1:] != -100).sum())
 
 
 causal_lm_loss = CausalLMLoss()

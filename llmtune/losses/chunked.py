@@ -1,8 +1,9 @@
 """Losses of a linear head's logits, row by row, without the [N, V] logits: the engine of cross-entropy and divergence.
 
-The logits of a language model's head are often the largest tensor of a training step. Here they are made a chunk of rows
-at a time; each chunk is turned into its own gradient in place, multiplied back onto the hidden states and the head, and
-is gone before the next one comes. So the gradients are ready after the forward pass, and the backward pass scales them.
+The logits of a language model's head are often the largest tensor of a training step. Here they are made a chunk of
+rows at a time; each chunk is turned into its own gradient in place, multiplied back onto the hidden states and the
+head, and is gone before the next one comes. So the gradients are ready after the forward pass, and the backward pass
+scales them.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ def default_chunk_rows(weight: Tensor, buffers: int) -> int:
     return max(FEWEST_ROWS, budget // (weight.shape[0] * (wide * buffers + narrow)))
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return the logits in float32 where they are in half precision, else as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Return the type in which a linear layer would multiply: autocast's where it is on, else the wider of the two."""
     wider = torch.promote_types(hidden.dtype, weight.dtype)
@@ -122,13 +128,13 @@ class _LinearRowLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, bias, ctx.loss, ctx.per_row, ctx.chunk_rows, _, *tensors = inputs
+        hidden, weight, bias, ctx.loss, ctx.per_row, ctx.chunk_rows = inputs[:6]
         ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], hidden, weight, bias, *tensors)
+        ctx.save_for_backward(*output[1:], hidden, weight, bias, *inputs[7:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias, hidden, weight, bias, *tensors = ctx.saved_tensors
         rest = (None,) * (4 + len(tensors))
         if grad is None:
@@ -202,9 +208,10 @@ def _plain_gradients(
     grad: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of hidden, weight and bias as functions of them, so that they can be differentiated again."""
+    """Return the gradients of hidden, weight and bias as functions of them, so that they can be differentiated
+    again."""
     z = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
-    losses = loss.plain(z.float() if z.element_size() < 4 else z, tensors)
+    losses = loss.plain(at_least_float32(z), tensors)
     inputs = [tensor for tensor, need in zip((hidden, weight, bias), needs, strict=True) if need and tensor is not None]
     outputs = losses if grad.ndim else losses.sum()
     found = iter(torch.autograd.grad(outputs, inputs, grad, create_graph=True))

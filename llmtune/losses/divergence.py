@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtune.losses.chunked import linear_row_loss
+from llmtune.losses.chunked import at_least_float32, linear_row_loss
 from llmtune.losses.cross_entropy import (
     REDUCTIONS,
     Reduction,
@@ -34,7 +34,8 @@ def kl_divergence(
 
     "forward" is KL(teacher || student), "reverse" is KL(student || teacher). The factor temperature^2 keeps the size of
     the gradient as the temperature changes (Hinton et al. 2015, section 2). Rows outside the mask change nothing, not
-    even by NaN in them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and all.
+    even by NaN in them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and
+    all.
 
     Args:
         student: logits [..., V].
@@ -67,7 +68,7 @@ def kl_divergence(
     if rows is not None:
         student, teacher = student.index_select(0, rows), teacher.index_select(0, rows)
     _check_mean(reduction, len(student), N)
-    value = loss.of_logits(_wide(student), _wide(teacher))
+    value = loss.of_logits(at_least_float32(student), at_least_float32(teacher))
     if reduction == "none":
         return (value if rows is None else value.new_zeros(N).index_copy(0, rows, value)).reshape(shape)
     return value.sum() / (len(value) if reduction == "mean" else 1)
@@ -184,15 +185,13 @@ class Divergence:
         hidden, weight, bias = tensors
         assert hidden is not None
         assert weight is not None
-        teacher = _wide(F.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)))
+        teacher = at_least_float32(
+            F.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+        )
         return self.of_logits(
             scaled_and_capped(z, self.logit_scale, self.softcap),
             scaled_and_capped(teacher.to(z.dtype), self.logit_scale, self.softcap),
         )
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _rows_that_count(mask: Tensor | None, shape: torch.Size) -> Tensor | None:

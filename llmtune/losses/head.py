@@ -1,9 +1,10 @@
 """One mechanism for every language-model head: the hidden states that enter it, and what becomes of its logits.
 
-A loss that never builds the whole [B, T, V] of logits needs the head's input and the head itself. Both are taken from the
-model's own forward pass, by a hook on `model.get_output_embeddings()`, so that whatever stands before the head (BERT's
-transform, T5's factor d_model ** -0.5) is included and wrappers around the model still do their work. What stands after
-the head (soft-capping, a factor, BART's bias) is read from the configuration and checked against the model's own logits.
+A loss that never builds the whole [B, T, V] of logits needs the head's input and the head itself. Both are taken from
+the model's own forward pass, by a hook on `model.get_output_embeddings()`, so that whatever stands before the head
+(BERT's transform, T5's factor d_model ** -0.5) is included and wrappers around the model still do their work. What
+stands after the head (soft-capping, a factor, BART's bias) is read from the configuration and checked against the
+model's own logits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.losses.cross_entropy import scaled_and_capped
 from llmtune.types import Batch
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
@@ -30,12 +32,14 @@ class Head:
 
     Attributes:
         module: the head as it stands in the model: a linear layer, or an adapter layer around one.
+        classes: V, how many logits it gives.
         softcap: the bound of the logits, or None.
         logit_scale: factor on the logits, before the soft cap.
         extra_bias: [V] added after the head (BART's `final_logits_bias`), or None.
     """
 
     module: nn.Module
+    classes: int
     softcap: float | None = None
     logit_scale: float = 1.0
     extra_bias: Tensor | None = None
@@ -47,9 +51,7 @@ class Head:
     def finish(self, raw: Tensor) -> Tensor:
         """Return the model's logits [..., V] from what the head module gave [..., V]."""
         logits = raw if self.extra_bias is None else raw + self.extra_bias
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return scaled_and_capped(logits, self.logit_scale, self.softcap)
 
     def linear(self) -> tuple[Tensor, Tensor | None] | None:
         """Return (weight [V, E], bias [V] or None) where the head is a plain linear layer; None where it is not.
@@ -57,15 +59,14 @@ class Head:
         An adapter layer that is switched off counts as the layer under it. Where this is None, call `logits` on as many
         rows as fit: it runs the head as it stands, adapters and dropout included.
         """
-        module = self.module
+        module: Any = self.module
         while hasattr(module, "base") and hasattr(module, "deltas") and not getattr(module, "active", True):
             module = module.base
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
             return None
-        bias = module.bias
-        if self.extra_bias is not None:
-            bias = self.extra_bias if bias is None else bias + self.extra_bias
-        return module.weight, bias
+        if self.extra_bias is None:
+            return module.weight, module.bias
+        return module.weight, self.extra_bias if module.bias is None else module.bias + self.extra_bias
 
 
 def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
@@ -80,8 +81,8 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
         (hidden [B, T, E] with gradient, head): `head.logits(hidden)` are the model's logits.
 
     Raises:
-        ValueError: the model has no head (`get_output_embeddings`), does not call it exactly once, or changes its logits
-            in a way that the configuration does not tell.
+        ValueError: the model has no head (`get_output_embeddings`), does not call it exactly once, or changes its
+            logits in a way that the configuration does not tell.
     """
     inner = inner_model(model)
     module = _head_module(inner)
@@ -143,22 +144,31 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile` and data-parallel wrappers; the model itself where there are none."""
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inner.module
         else:
-            return model
+            return inner
 
 
 def _takes(model: nn.Module, name: str) -> bool:
+    """Return whether the model's forward takes the keyword, by name or by handing every keyword on to its inner
+    model."""
     inner = inner_model(model)
-    parameters = inspect.signature(inner.forward).parameters
-    if name in parameters:
-        return True
-    base = getattr(inner, "get_base_model", None)  # PEFT's wrapper hands every keyword on
-    return base is not None and name in inspect.signature(base().forward).parameters
+    while True:
+        parameters = inspect.signature(inner.forward).parameters
+        if name in parameters:
+            return True
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return False
+        get_base = getattr(inner, "get_base_model", None)  # PEFT's wrapper
+        below = get_base() if callable(get_base) else getattr(inner, "base_model", None)
+        if not isinstance(below, nn.Module) or below is inner:
+            return False
+        inner = below
 
 
 def _head_module(inner: nn.Module) -> nn.Module:
@@ -175,7 +185,7 @@ def _head_module(inner: nn.Module) -> nn.Module:
 
 def _head(inner: nn.Module, module: nn.Module, raw: Tensor, output: Any) -> Head:
     """Return the head with the first reading of the configuration that gives the model's own logits from `raw`."""
-    readings = _readings(inner, module)
+    readings = _readings(inner, module, raw.shape[-1])
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[-1] != raw.shape[-1]:
         return readings[0]
@@ -192,12 +202,12 @@ def _head(inner: nn.Module, module: nn.Module, raw: Tensor, output: Any) -> Head
     )
 
 
-def _readings(inner: nn.Module, module: nn.Module) -> list[Head]:
+def _readings(inner: nn.Module, module: nn.Module, classes: int) -> list[Head]:
     """Return what the configuration may mean, the likeliest first. Models read the same entry in different ways:
     Granite divides the logits by `logits_scaling`, HyperCLOVA X multiplies them, MiniCPM3 divides before the head."""
-    config = getattr(inner, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config: Any = getattr(inner, "config", None)
+    if hasattr(config, "get_text_config"):  # models of several parts keep the language model's entries one level down
+        config = config.get_text_config(decoder=True)
 
     def numbers(names: tuple[str, ...]) -> list[float]:
         found = [getattr(config, name, None) for name in names]
@@ -208,4 +218,4 @@ def _readings(inner: nn.Module, module: nn.Module) -> list[Head]:
     caps: list[float | None] = [*numbers(SOFTCAPS), None]
     bias = getattr(inner, "final_logits_bias", None)
     extra = bias.reshape(-1) if isinstance(bias, Tensor) else None
-    return [Head(module, cap, scale, extra) for cap, scale in product(caps, scales)]
+    return [Head(module, classes, cap, scale, extra) for cap, scale in product(caps, scales)]

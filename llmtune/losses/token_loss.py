@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtune.losses.cross_entropy import (
-    CrossEntropy,
-    cross_entropy_of_logits,
-    default_chunk_rows,
-    labelled_rows,
-    linear_cross_entropy,
-)
-from llmtune.losses.head import Head
+from llmtune.losses.chunked import at_least_float32, default_chunk_rows
+from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows, linear_cross_entropy
+from llmtune.losses.head import Head, inner_model
+from llmtune.types import Batch
 
 
 def head_cross_entropy(
@@ -38,6 +34,11 @@ def head_cross_entropy(
     Raises:
         ValueError: no position carries a label, or a label is out of range.
     """
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"the model's head is given hidden states {[*hidden.shape]}, which do not match the targets "
+            f"{[*targets.shape]}: this model cannot be trained with labels of that shape"
+        )
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
     plain = head.linear()
     if plain is not None:
@@ -46,18 +47,19 @@ def head_cross_entropy(
             rows, weight, wanted, bias=bias, label_smoothing=label_smoothing, z_loss=z_loss,
             softcap=head.softcap, logit_scale=head.logit_scale,
         )  # fmt: skip
-    V = head_classes(head)
-    options = CrossEntropy(label_smoothing, z_loss)
-    labelled = labelled_rows(wanted, V)
+    loss = CrossEntropy(label_smoothing, z_loss)
+    labelled = labelled_rows(wanted, head.classes)
     if labelled is not None:
         rows, wanted = rows.index_select(0, labelled), wanted.index_select(0, labelled)
     if len(wanted) == 0:
         raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (labels all -100)")
 
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
-        return cross_entropy_of_logits(head.logits(h), t, options).sum()
+        return loss.plain(at_least_float32(head.logits(h)), (t,)).sum()
 
-    size = default_chunk_rows(rows.new_empty(V, 0), buffers=4)  # autograd keeps the logits, their softmax and gradients
+    size = default_chunk_rows(
+        rows.new_empty(head.classes, 0), buffers=4
+    )  # autograd keeps the logits, their softmax and gradients
     parts = [
         checkpoint(chunk_loss, h, t, use_reentrant=False)
         for h, t in zip(rows.split(size), wanted.split(size), strict=True)
@@ -65,15 +67,21 @@ def head_cross_entropy(
     return torch.stack(parts).sum() / len(wanted)
 
 
-def head_classes(head: Head) -> int:
-    """Return V, the number of logits the head gives.
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raise ValueError for an encoder-decoder: given no decoder inputs, some make them up from the encoder's."""
+    inner = inner_model(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(inner).__name__} is an encoder-decoder: use sequence_to_sequence_loss")
+
+
+def token_labels(batch: Batch) -> Tensor:
+    """Return the batch's labels [B, T], one integer a token.
 
     Raises:
-        ValueError: the head has no weight [V, E] and no `out_features` to tell.
+        ValueError: the batch has no "labels" [B, T] of integers.
     """
-    size = getattr(head.module, "out_features", None)
-    if size is None and isinstance(getattr(head.module, "weight", None), Tensor):
-        size = head.module.weight.shape[0]
-    if size is None:
-        raise ValueError(f"cannot tell how many logits {type(head.module).__name__} gives: it has no out_features")
-    return int(size)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+        return labels
+    came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
+    raise ValueError(f'the loss needs integer "labels" [B, T] in the batch, one a token; got {came}')

@@ -1,0 +1,220 @@
+"""`attn_implementation="llmtune"`: this library's attention in models of Hugging Face transformers.
+
+Transformers wants two functions under one name. The mask function (`transformers_mask.py`) is called once for each
+forward pass; what it returns travels through the model to the attention function, which every attention layer calls.
+They must be registered together: a name without a mask function gets no mask, and padding is attended to unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from llmtune.attention.functional import scaled_dot_product_attention
+from llmtune.attention.mask_base import Mask
+from llmtune.attention.masks import Causal, Dense, Documents, Padding
+from llmtune.integrations.transformers_mask import attention_mask_function
+
+NAME = "llmtune"
+
+# What some models hand to their attention that changes its result and that we do not have.
+_NOT_TAKEN = ("indices", "block_indices", "sinks", "cache", "alibi", "attention_bias", "head_mask", "output_attentions")
+
+
+def register() -> None:
+    """Make `attn_implementation="llmtune"` known to transformers. Calling it again changes nothing.
+
+    From then on `AutoModel.from_pretrained(..., attn_implementation="llmtune")` and
+    `model.set_attn_implementation("llmtune")` use `llmtune.attention.scaled_dot_product_attention` with the backend
+    that "auto" chooses: in training and in generation, padded on either side or packed.
+
+    A packed batch (position ids that restart at every document, and no padding) keeps its documents apart in decoders
+    and in encoders; transformers' own functions do so in decoders only, and only without an attention mask and a cache.
+    An encoder that does not hand its position ids on to its attention layers (DistilBERT, ModernBERT) cannot tell where
+    documents start: pass it `cu_seq_lens_q` too. `llmtune.testing.check_packing_invariant` shows whether a model can.
+    The numbers at padded positions, meaningless anyway, are others than with "eager".
+
+    >>> from llmtune.integrations.transformers_attention import register
+    >>> from llmtune.testing.models import tiny_llama
+    >>> register()
+    >>> tiny_llama(attention="llmtune").config._attn_implementation
+    'llmtune'
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, attention_mask_function)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend, as an attention layer of transformers asks for it (names and order are transformers').
+
+    Args:
+        module: the layer; its `is_causal` and `training` are read.
+        query: [B, H, T, D].
+        key: [B, K, S, D].
+        value: [B, K, S, Dv].
+        attention_mask: what the mask function made: bool [B, S] padding, int32 [B, T] documents, bool
+            [B, 1, T, S] the whole mask; or an additive [B | 1, H | 1, T, S] of the user's, the whole mask too.
+        scaling: what the products are multiplied by.
+        dropout: probability; acts only while the module is in training mode.
+        is_causal: overrides the module's own; without effect beside a whole mask.
+        sliding_window: a query sees only keys nearer than this; without effect beside a whole mask, which has it.
+        softcap: bound of the scores.
+        s_aux: [H], the logits of the sinks.
+        position_bias: [B | 1, H | 1, T, S], added to the scores.
+        position_ids: [B | 1, T]; a document starts where they restart, if T is S and nothing is padded.
+        cu_seq_lens_q: [n+1] ints, the cuts between documents in the only row; goes before position_ids.
+        cu_seq_lens_k: [n+1] ints, the same for the keys.
+        **kwargs: what the model hands to all its layers; what would change the result is refused.
+
+    Returns:
+        (out [B, T, H, Dv], None): there are no attention weights to return.
+
+    Raises:
+        ValueError: the layer asks for something this attention does not have; the sentence names layer and argument.
+    """
+    _refuse(module, kwargs)
+    bias = position_bias
+    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype != torch.bool:
+        bias, mask = attention_mask if bias is None else bias + attention_mask, None
+    else:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        packing = None if _is_cross(module) else position_ids
+        mask = _mask(query, key, attention_mask, causal, sliding_window, packing, cu_seq_lens_q, cu_seq_lens_k)
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.to(query.dtype)
+    out = scaled_dot_product_attention(
+        query, key, value, mask=mask, bias=bias, scale=scaling, dropout_p=dropout if module.training else 0.0,
+        softcap=softcap, sinks=s_aux,
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    for name in _NOT_TAKEN:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise ValueError(
+                f"{type(module).__name__} hands {name} to its attention, which "
+                'attn_implementation="llmtune" cannot take; use "eager" or "sdpa" for this model'
+            )
+
+
+def _is_cross(module: nn.Module) -> bool:
+    """Cross-attention layers are handed the decoder's position ids, which say nothing about the encoder's keys."""
+    return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
+
+
+# Masks made from a tensor that travels through a forward pass, so that all its layers share one mask and its additive
+# form. An entry lives as long as its tensor, so a mask in here must never hold the very tensor it is kept under.
+_SHARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@torch.compiler.disable  # it reads values and keeps what it made
+def _mask(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    causal: bool,
+    window: int | None,
+    position_ids: Tensor | None,
+    cuts: Tensor | None,
+    key_cuts: Tensor | None,
+) -> Mask | None:
+    B, _, T, _ = query.shape
+    S = key.shape[2]
+    causal = causal and T > 1  # a single query is the last: it sees all keys
+    window = window if window is not None and window < S else None
+    if position_ids is not None and (T != S or T == 1 or position_ids.ndim != 2 or attention_mask is not None):
+        position_ids = None
+
+    def make() -> Mask | None:
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return Dense(attention_mask.clone())
+        parts: list[Mask | None] = [Causal() if causal else None]
+        if window is not None:
+            parts.append(_window(T, S, window, query.device))
+        if cuts is not None:
+            parts.append(_documents_of_cuts(B, cuts, key_cuts, causal))
+        elif attention_mask is not None and attention_mask.dtype == torch.int32:
+            parts.append(_documents_of_ids(attention_mask))
+        elif position_ids is not None:
+            parts.append(_documents_of_positions(position_ids, B))
+        if attention_mask is not None and attention_mask.dtype != torch.int32:
+            parts.append(Padding.from_attention_mask(attention_mask.clone()))
+        return _joined(parts)
+
+    for source in (attention_mask, cuts, position_ids):
+        if source is not None:
+            return _shared(source, (B, T, S, causal, window, id(cuts), id(key_cuts)), make)
+    return make()
+
+
+def _shared(source: Tensor, what: tuple[Any, ...], make: Callable[[], Mask | None]) -> Mask | None:
+    what = (*what, None if source.is_inference() else source._version)
+    made: dict[tuple[Any, ...], Mask | None] = _SHARED.setdefault(source, {})
+    if what not in made:
+        made[what] = make()
+    return made[what]
+
+
+def _joined(parts: list[Mask | None]) -> Mask | None:
+    mask = None
+    for part in parts:
+        if part is not None:
+            mask = part if mask is None else mask & part
+    return mask
+
+
+def _window(T: int, S: int, size: int, device: torch.device) -> Mask:
+    distance = torch.arange(T, device=device)[:, None] + (S - T) - torch.arange(S, device=device)
+    return Dense(distance.abs() < size)
+
+
+def _documents_of_cuts(B: int, cuts: Tensor, key_cuts: Tensor | None, causal: bool) -> Mask:
+    if B != 1:
+        raise ValueError(f"cu_seq_lens_q cuts the documents of one row, but the batch has {B}; pack into one row")
+    same = key_cuts is None or torch.equal(cuts, key_cuts)
+    if causal and not same:
+        raise ValueError("causal attention needs cu_seq_lens_q and cu_seq_lens_k to be the same: pack without a cache")
+    return Documents(cuts) if same else Documents(cuts, key_cuts)
+
+
+def _documents_of_ids(ids: Tensor) -> Mask:
+    if ids.shape[0] > 1:
+        return Documents.from_ids(ids.clone())
+    starts = (ids[0, 1:] != ids[0, :-1]).nonzero()[:, 0] + 1
+    return Documents((0, *starts.tolist(), ids.shape[1]))
+
+
+def _documents_of_positions(position_ids: Tensor, B: int) -> Mask | None:
+    """Packed positions go up by one or back to the smallest; others (skips, grids of patches) tell of no documents."""
+    steps = position_ids.diff(dim=1)
+    restarts = steps != 1
+    back = position_ids[:, 1:] == position_ids.amin(dim=1, keepdim=True)
+    if not bool(restarts.any()) or not bool((~restarts | (back & (steps <= 0))).all()):
+        return None
+    ids = torch.nn.functional.pad(restarts.to(torch.int32).cumsum(dim=1), (1, 0))
+    return _documents_of_ids(ids.expand(B, -1))

@@ -1,0 +1,256 @@
+"""The table of losses, each held to the laws of its family; and a seeded fault for every law."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmtune.errors import LawBroken
+from llmtune.losses.causal_lm import CausalLMLoss
+from llmtune.losses.classification import ClassificationLoss
+from llmtune.losses.cross_entropy import linear_cross_entropy
+from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
+from llmtune.losses.masked_lm import MaskedLMLoss
+from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
+from llmtune.testing.losses import (
+    check_loss,
+    loss_adds_up,
+    loss_equals_reference,
+    loss_has_its_gradient,
+    loss_has_no_order,
+    loss_ignores_rows,
+    loss_inputs,
+)
+
+C = 7
+MIX = torch.randn(C, C, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+SHIFT = torch.randn(C, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+TEACHER = 2 * torch.randn(C, C, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def plain_cross_entropy(
+    z: Tensor, t: Tensor, *, e: float = 0.0, zl: float = 0.0, cap: float | None = None, scale: float = 1.0
+) -> Tensor:
+    """The formula itself, written out."""
+    z, t = z[t != -100] * scale, t[t != -100]
+    if cap is not None:
+        z = cap * torch.tanh(z / cap)
+    lse = torch.log(torch.exp(z).sum(1))
+    target = z[torch.arange(len(t)), t]
+    return ((1 - e) * (lse - target) + e * (lse - z.mean(1)) + zl * lse**2).mean()
+
+
+def through_head(z: Tensor, t: Tensor, *, reduction: str = "mean", **options: float) -> Tensor:
+    """Our loss of the logits MIX z + SHIFT."""
+    value = linear_cross_entropy(z, MIX, t, bias=SHIFT, chunk_rows=2, reduction=reduction, **options)
+    return value if reduction == "mean" else value.sum() / (t != -100).sum()
+
+
+def plain_through_head(z: Tensor, t: Tensor, **options: float) -> Tensor:
+    return plain_cross_entropy(z @ MIX.T + SHIFT, t, **options)
+
+
+def plain_kl(z: Tensor, t: Tensor, *, temperature: float = 1.0, reverse: bool = False) -> Tensor:
+    s = torch.softmax(z[t != -100] / temperature, -1)
+    p = torch.softmax(TEACHER[t[t != -100]] / temperature, -1)
+    p, q = (s, p) if reverse else (p, s)
+    return temperature**2 * (p * torch.log(p / q)).sum(-1).mean()
+
+
+def of_logits(z: Tensor, t: Tensor, **options: object) -> Tensor:
+    return kl_divergence(z, TEACHER[t.clamp(min=0)], mask=t != -100, **options)
+
+
+def of_heads(z: Tensor, t: Tensor, **options: object) -> Tensor:
+    eye = torch.eye(C, dtype=z.dtype)
+    teacher = TEACHER[t.clamp(min=0)]
+    return linear_kl_divergence(z, eye, teacher, eye, mask=t != -100, chunk_rows=2, **options)
+
+
+class RowsModel(nn.Module):
+    """A language model whose logits are its input, so that a loss of a batch becomes a loss of rows."""
+
+    def __init__(self, config: SimpleNamespace | None = None) -> None:
+        super().__init__()
+        self.head = nn.Linear(C, C, bias=False, dtype=torch.float64)
+        self.head.weight = nn.Parameter(torch.eye(C, dtype=torch.float64))
+        self.config = config
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        return labels
+
+    def forward(self, rows: Tensor, decoder_input_ids: Tensor | None = None) -> SimpleNamespace:
+        logits = self.head(rows)
+        config = self.config
+        if config is not None:
+            logits = config.logit_scale * logits
+            logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+        return SimpleNamespace(logits=logits)
+
+
+def of_batch(
+    loss: object, z: Tensor, t: Tensor, *, shifted: bool = False, config: SimpleNamespace | None = None
+) -> Tensor:
+    if shifted:  # the last position predicts nothing, the first label is predicted by nothing
+        z, t = torch.cat([z, z[:1]]), torch.cat([t[:1], t])
+    batch = {"rows": z[None], "labels": t[None]}
+    assert loss.count_targets(batch) == int((t[1:] if shifted else t).ne(-100).sum())
+    return loss(RowsModel(config), batch)
+
+
+SMOOTH = {"label_smoothing": 0.3, "z_loss": 0.2}
+PLAIN_SMOOTH = {"e": 0.3, "zl": 0.2}
+CONFIG = SimpleNamespace(final_logit_softcapping=1.3, logit_scale=0.7)
+ALL = {**SMOOTH, "softcap": 1.3, "logit_scale": 0.7}
+PLAIN_ALL = {**PLAIN_SMOOTH, "cap": 1.3, "scale": 0.7}
+
+LOSSES = {
+    "linear_cross_entropy": (through_head, plain_through_head),
+    "linear_cross_entropy, sum": (partial(through_head, reduction="sum"), plain_through_head),
+    "linear_cross_entropy, per row": (partial(through_head, reduction="none"), plain_through_head),
+    "linear_cross_entropy, label_smoothing": (
+        partial(through_head, label_smoothing=0.3),
+        partial(plain_through_head, e=0.3),
+    ),
+    "linear_cross_entropy, z_loss": (partial(through_head, z_loss=0.2), partial(plain_through_head, zl=0.2)),
+    "linear_cross_entropy, softcap": (partial(through_head, softcap=1.3), partial(plain_through_head, cap=1.3)),
+    "linear_cross_entropy, logit_scale": (
+        partial(through_head, logit_scale=0.7),
+        partial(plain_through_head, scale=0.7),
+    ),
+    "linear_cross_entropy, all options": (partial(through_head, **ALL), partial(plain_through_head, **PLAIN_ALL)),
+    "linear_cross_entropy, all options, per row": (
+        partial(through_head, reduction="none", **ALL),
+        partial(plain_through_head, **PLAIN_ALL),
+    ),
+    "kl_divergence": (of_logits, plain_kl),
+    "kl_divergence, temperature": (partial(of_logits, temperature=2.5), partial(plain_kl, temperature=2.5)),
+    "kl_divergence, reverse": (
+        partial(of_logits, temperature=0.7, direction="reverse"),
+        partial(plain_kl, temperature=0.7, reverse=True),
+    ),
+    "linear_kl_divergence": (of_heads, plain_kl),
+    "linear_kl_divergence, temperature": (partial(of_heads, temperature=2.5), partial(plain_kl, temperature=2.5)),
+    "linear_kl_divergence, reverse": (
+        partial(of_heads, temperature=0.7, direction="reverse"),
+        partial(plain_kl, temperature=0.7, reverse=True),
+    ),
+    "CausalLMLoss": (partial(of_batch, CausalLMLoss(), shifted=True), plain_cross_entropy),
+    "CausalLMLoss, all options": (
+        partial(of_batch, CausalLMLoss(**SMOOTH), shifted=True, config=CONFIG),
+        partial(plain_cross_entropy, **PLAIN_ALL),
+    ),
+    "MaskedLMLoss": (partial(of_batch, MaskedLMLoss()), plain_cross_entropy),
+    "MaskedLMLoss, all options": (
+        partial(of_batch, MaskedLMLoss(**SMOOTH), config=CONFIG),
+        partial(plain_cross_entropy, **PLAIN_ALL),
+    ),
+    "SequenceToSequenceLoss": (partial(of_batch, SequenceToSequenceLoss()), plain_cross_entropy),
+    "SequenceToSequenceLoss, all options": (
+        partial(of_batch, SequenceToSequenceLoss(**SMOOTH), config=CONFIG),
+        partial(plain_cross_entropy, **PLAIN_ALL),
+    ),
+    "ClassificationLoss": (partial(of_batch, ClassificationLoss()), plain_cross_entropy),
+    "ClassificationLoss, label_smoothing": (
+        partial(of_batch, ClassificationLoss(label_smoothing=0.3)),
+        partial(plain_cross_entropy, e=0.3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_keeps_the_laws(name: str) -> None:
+    check_loss(*LOSSES[name])
+
+
+class HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad / 2
+
+
+def unsmoothed(z: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(z, t)
+
+
+def masked_by_product(z: Tensor, t: Tensor) -> Tensor:
+    losses = F.cross_entropy(z, t.clamp(min=0), reduction="none")
+    return (losses * (t != -100)).sum() / (t != -100).sum()
+
+
+def mean_over_all_rows(z: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(z, t, reduction="sum") / len(t)
+
+
+def weighted_by_place(z: Tensor, t: Tensor) -> Tensor:
+    valid = t != -100
+    weights = torch.linspace(0.5, 1.5, len(t), dtype=z.dtype)[valid]
+    return (F.cross_entropy(z[valid], t[valid], reduction="none") * weights).mean()
+
+
+def half_the_gradient(z: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(HalfGradient.apply(z), t)
+
+
+def deaf_to_its_factor(z: Tensor, t: Tensor) -> Tensor:
+    class Deaf(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                y = x.detach().requires_grad_()
+                loss = F.cross_entropy(y, t)
+                ctx.grad = torch.autograd.grad(loss, y)[0]
+            return loss.detach()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return ctx.grad
+
+    return Deaf.apply(z)
+
+
+def test_each_law_catches_its_fault() -> None:
+    logits, targets = loss_inputs()
+    smoothed = partial(plain_cross_entropy, e=0.1)
+    with pytest.raises(LawBroken, match="equal to the reference: loss"):
+        loss_equals_reference(unsmoothed, smoothed, logits, targets)
+    with pytest.raises(LawBroken, match="equal to the reference: gradient"):
+        loss_equals_reference(half_the_gradient, plain_cross_entropy, logits, targets)
+    with pytest.raises(LawBroken, match="ignored rows"):
+        loss_ignores_rows(masked_by_product, logits, targets)
+    with pytest.raises(LawBroken, match="sum over splits"):
+        loss_adds_up(mean_over_all_rows, logits, targets)
+    with pytest.raises(LawBroken, match="order: loss"):
+        loss_has_no_order(weighted_by_place, logits, targets)
+    with pytest.raises(LawBroken, match="gradient: "):
+        loss_has_its_gradient(half_the_gradient, logits, targets)
+    with pytest.raises(LawBroken, match="gradient: "):
+        loss_has_its_gradient(deaf_to_its_factor, logits, targets)
+    with pytest.raises(LawBroken, match="must be a scalar with a gradient"):
+        loss_equals_reference(lambda z, t: z, plain_cross_entropy, logits, targets)
+
+
+@pytest.mark.parametrize(
+    "fault", [unsmoothed, masked_by_product, mean_over_all_rows, weighted_by_place, half_the_gradient]
+)
+def test_check_loss_catches_every_fault(fault: object) -> None:
+    with pytest.raises(LawBroken):
+        check_loss(fault, partial(plain_cross_entropy, e=0.1))
+
+
+def test_torchs_own_loss_breaks_the_law_of_ignored_rows() -> None:
+    """F.cross_entropy ignores a row's target but lets NaN in the row's logits into the gradient's zero."""
+    with pytest.raises(LawBroken, match="ignored rows: gradient with nan"):
+        check_loss(F.cross_entropy, plain_cross_entropy)
