@@ -1,0 +1,36 @@
+"""Adapters: small trained changes beside a frozen model, put on, switched, merged, saved, taken off without a trace."""
+
+from llmtune.adapters.attach import active, adapter_names, adapter_parameters, attach, detach, disabled, set_active
+from llmtune.adapters.config import LoRA
+from llmtune.adapters.files import load, save
+from llmtune.adapters.layer import AdapterLayer
+from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear, lora_change
+from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
+from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
+
+__all__ = [
+    "AdapterLayer",
+    "AttachReport",
+    "LoRA",
+    "LoRAConv1D",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "LoadReport",
+    "MergeReport",
+    "TrainedBias",
+    "TrainedCopy",
+    "active",
+    "adapter_names",
+    "adapter_parameters",
+    "attach",
+    "detach",
+    "disabled",
+    "load",
+    "lora_change",
+    "merge",
+    "save",
+    "set_active",
+    "trainable_summary",
+    "unmerge",
+]

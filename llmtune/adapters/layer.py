@@ -1,9 +1,8 @@
 """What every adapter that wraps a module shares: where it sits, what it adds, and the model's names without it.
 
 An adapter layer stands in the place of the module it adapts and keeps that module as `base`. Several adapters on one
-module are nested, the newest outermost, so any kinds mix and each file reads alone. A parameter's *bare name* is its name
-in the model as it was before any adapter, DDP wrapper or `torch.compile`: penalties, checkpoints and merges speak in bare
-names.
+module are nested, the newest outermost, so any kinds mix and each file reads alone. A parameter's *bare name* is its
+name in the model as it was before any adapter, DDP wrapper or `torch.compile`: penalties and merges speak in bare names.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ class AdapterLayer(nn.Module):
         base: the module replaced; its own parameters are never written except by `merge`.
         adapter_name: the adapter this layer belongs to.
         active: whether the layer takes part in the forward pass; apart from whether its parameters are trained.
+        merged: whether its change stands in the base's own parameters at the moment.
     """
 
     def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
@@ -29,6 +29,12 @@ class AdapterLayer(nn.Module):
         self.base = base
         self.adapter_name = adapter_name
         self.active = True
+        self.merged = False
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the forward pass adds this layer's change: it is active, and not already in the base's weights."""
+        return self.active and not self.merged
 
     def deltas(self) -> dict[str, Tensor]:
         """Return what this layer adds to each of the bare module's parameters, by that parameter's local name.
@@ -37,6 +43,10 @@ class AdapterLayer(nn.Module):
         Conv1D, [V, E] for an embedding), whether the layer is active or not. Empty where the method is no change of
         parameters.
         """
+        return {}
+
+    def replacements(self) -> dict[str, Tensor]:
+        """Return those of `deltas` whose outcome is known exactly: the tensors to stand in the parameters' places."""
         return {}
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:

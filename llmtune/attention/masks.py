@@ -302,4 +302,4 @@ def _cuts(values: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
 
 def _ids(cuts: tuple[int, ...], device: torch.device | str | None) -> Tensor:
     lengths = torch.tensor([end - start for start, end in pairwise(cuts)], device=device)
-    return torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=cuts[-1])

@@ -7,6 +7,7 @@ They must be registered together: a name without a mask function gets no mask, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from llmtune.attention.functional import scaled_dot_product_attention
 from llmtune.attention.mask_base import Mask
 from llmtune.attention.masks import Causal, Dense, Documents, Padding
-from llmtune.integrations.transformers_mask import attention_mask_function
+from llmtune.integrations.transformers_mask import UNPADDED_TABLES, attention_mask_function
 
 NAME = "llmtune"
 
@@ -36,7 +37,8 @@ def register() -> None:
     and in encoders; transformers' own functions do so in decoders only, and only without an attention mask and a cache.
     An encoder that does not hand its position ids on to its attention layers (DistilBERT, ModernBERT) cannot tell where
     documents start: pass it `cu_seq_lens_q` too. `llmtune.testing.check_packing_invariant` shows whether a model can.
-    The numbers at padded positions, meaningless anyway, are others than with "eager".
+    The numbers at padded positions, meaningless anyway, are others than with "eager". Under `torch.compile` attention
+    runs between the compiled graphs, not in them.
 
     >>> from llmtune.integrations.transformers_attention import register
     >>> from llmtune.testing.models import tiny_llama
@@ -46,8 +48,14 @@ def register() -> None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, attention_mask_function)
+    AttentionInterface.register(NAME, _between_graphs(attention_function))
+    AttentionMaskInterface.register(NAME, _between_graphs(attention_mask_function))
+
+
+@functools.cache
+def _between_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Both functions read values of masks and positions, which a traced graph cannot."""
+    return torch.compiler.disable(function)
 
 
 def attention_function(
@@ -132,7 +140,6 @@ def _is_cross(module: nn.Module) -> bool:
 _SHARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-@torch.compiler.disable  # it reads values and keeps what it made
 def _mask(
     query: Tensor,
     key: Tensor,
@@ -143,33 +150,40 @@ def _mask(
     cuts: Tensor | None,
     key_cuts: Tensor | None,
 ) -> Mask | None:
-    B, _, T, _ = query.shape
-    S = key.shape[2]
-    causal = causal and T > 1  # a single query is the last: it sees all keys
-    window = window if window is not None and window < S else None
-    if position_ids is not None and (T != S or T == 1 or position_ids.ndim != 2 or attention_mask is not None):
-        position_ids = None
+    (B, _, T, _), S = query.shape, key.shape[2]
+    causal = causal and T > 1  # a single query is the last one: it sees all keys
+    whole = attention_mask is not None and attention_mask.ndim == 4
+    unpadded = attention_mask is None or attention_mask in UNPADDED_TABLES
+    if position_ids is not None and (T != S or T == 1 or position_ids.ndim != 2 or not unpadded):
+        position_ids = None  # beside padding or a cache, positions that start at 0 again are no sign of packing
+    if whole and not unpadded:
+        cuts = key_cuts = None
 
     def make() -> Mask | None:
-        if attention_mask is not None and attention_mask.ndim == 4:
-            return Dense(attention_mask.clone())
-        parts: list[Mask | None] = [Causal() if causal else None]
-        if window is not None:
-            parts.append(_window(T, S, window, query.device))
+        parts: list[Mask | None] = []
+        if attention_mask is None or not whole:
+            parts += [Causal() if causal else None, _window(T, S, window, query.device)]
         if cuts is not None:
             parts.append(_documents_of_cuts(B, cuts, key_cuts, causal))
-        elif attention_mask is not None and attention_mask.dtype == torch.int32:
-            parts.append(_documents_of_ids(attention_mask))
         elif position_ids is not None:
             parts.append(_documents_of_positions(position_ids, B))
-        if attention_mask is not None and attention_mask.dtype != torch.int32:
-            parts.append(Padding.from_attention_mask(attention_mask.clone()))
+        if attention_mask is not None:
+            parts.append(_said_by(attention_mask))
         return _joined(parts)
 
     for source in (attention_mask, cuts, position_ids):
         if source is not None:
             return _shared(source, (B, T, S, causal, window, id(cuts), id(key_cuts)), make)
     return make()
+
+
+def _said_by(attention_mask: Tensor) -> Mask:
+    """The three kinds of tensor that `attention_mask_function` returns."""
+    if attention_mask.ndim == 4:
+        return Dense(attention_mask.clone())
+    if attention_mask.dtype == torch.int32:
+        return _documents_of_ids(attention_mask)
+    return Padding.from_attention_mask(attention_mask.clone())
 
 
 def _shared(source: Tensor, what: tuple[Any, ...], make: Callable[[], Mask | None]) -> Mask | None:
@@ -188,7 +202,9 @@ def _joined(parts: list[Mask | None]) -> Mask | None:
     return mask
 
 
-def _window(T: int, S: int, size: int, device: torch.device) -> Mask:
+def _window(T: int, S: int, size: int | None, device: torch.device) -> Mask | None:
+    if size is None or size >= S:
+        return None
     distance = torch.arange(T, device=device)[:, None] + (S - T) - torch.arange(S, device=device)
     return Dense(distance.abs() < size)
 

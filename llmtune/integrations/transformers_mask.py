@@ -18,6 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+# The tables made here for a batch without padding: to these a layer may add the documents it knows of. A table of the
+# user's own is never in here; neither is one that a model has cut or moved, and then nothing is added to it.
+UNPADDED_TABLES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def attention_mask_function(
@@ -73,21 +78,22 @@ def attention_mask_function(
     if fits_window and ((allow_is_causal_skip and aligned) or allow_is_bidirectional_skip):
         real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         real = None if real is None else real[:, kv_offset : kv_offset + kv_length]
-        if real is None or (not torch.compiler.is_compiling() and bool(real.all())):
+        if real is None or bool(real.all()):
             return None
         if carries:
             return real
-    return sdpa_mask(
+    table = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False,
         allow_is_bidirectional_skip=False, **kwargs,
     )  # fmt: skip
+    if attention_mask is None or bool(attention_mask.all()):
+        UNPADDED_TABLES[table] = True
+    return table
 
 
 def _document_ids(function: Callable[..., Any], S: int) -> Tensor | None:
     """Return the ids [B, T] where `function` is exactly "causal within each document" over S keys, else None."""
-    if torch.compiler.is_compiling():
-        return None
     causal, ids = False, None
     for fact in _facts(function, S):
         if isinstance(fact, Tensor):

@@ -53,9 +53,10 @@ def linear_row_loss(
     tensors: tuple[Tensor | None, ...],
     *,
     per_row: bool = False,
+    factor: float = 1.0,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Return the loss of the logits hidden @ weight.T + bias, summed over rows or row by row.
+    """Return the loss of the logits hidden @ weight.T + bias, summed over rows or row by row, times a factor.
 
     Args:
         hidden: [N, E].
@@ -65,6 +66,7 @@ def linear_row_loss(
         tensors: handed to `loss`; they get no gradient.
         per_row: return [N] instead of the sum. The head's gradient is then computed in the backward pass, from logits
             made once more.
+        factor: 1 / N for a mean; taken in before the gradients are rounded to their type.
         chunk_rows: rows of logits held at once; left out, as `default_chunk_rows` says.
 
     Returns:
@@ -77,7 +79,7 @@ def linear_row_loss(
         raise ValueError(f"chunk_rows must be 1 or more; got {rows}")
     asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     wanted = asked if torch.is_grad_enabled() else (False, False, False)
-    result: Tensor = _LinearRowLoss.apply(hidden, weight, bias, loss, per_row, rows, wanted, *tensors)[0]
+    result: Tensor = _LinearRowLoss.apply(hidden, weight, bias, loss, per_row, factor, rows, wanted, *tensors)[0]
     return result
 
 
@@ -117,39 +119,52 @@ class _LinearRowLoss(torch.autograd.Function):
         bias: Tensor | None,
         loss: RowLoss,
         per_row: bool,
+        factor: float,
         chunk_rows: int,
         wanted: tuple[bool, bool, bool],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         if per_row:  # the head's gradient must wait for the rows' factors
             wanted = (wanted[0], False, False)
-        losses, grads = _run_chunks(hidden, weight, bias, loss, tensors, chunk_rows, wanted)
-        return (losses if per_row else losses.sum(), *grads)
+        losses, grads = _run_chunks(hidden, weight, bias, loss, tensors, chunk_rows, wanted, factor=factor)
+        return (factor * (losses if per_row else losses.sum()), *grads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        hidden, weight, bias, ctx.loss, ctx.per_row, ctx.chunk_rows = inputs[:6]
+        hidden, weight, bias, ctx.loss, ctx.per_row, ctx.factor, ctx.chunk_rows = inputs[:7]
         ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], hidden, weight, bias, *inputs[7:])
+        ctx.save_for_backward(*output[1:], hidden, weight, bias, *inputs[8:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias, hidden, weight, bias, *tensors = ctx.saved_tensors
-        rest = (None,) * (4 + len(tensors))
+        rest = (None,) * (5 + len(tensors))
         if grad is None:
             return (None, None, None, *rest)
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a second derivative is asked for: only the plain formula has one
-            return (*_plain_gradients(hidden, weight, bias, ctx.loss, tuple(tensors), grad, needs), *rest)
+            return (*_plain_gradients(hidden, weight, bias, ctx.loss, tuple(tensors), ctx.factor * grad, needs), *rest)
         if ctx.per_row and (needs[1] or needs[2]):
             head_only = (False, needs[1], needs[2])
             _, (_, d_weight, d_bias) = _run_chunks(
-                hidden, weight, bias, ctx.loss, tuple(tensors), ctx.chunk_rows, head_only, row_factors=grad
+                hidden,
+                weight,
+                bias,
+                ctx.loss,
+                tuple(tensors),
+                ctx.chunk_rows,
+                head_only,
+                factor=ctx.factor,
+                row_factors=grad,
             )
             return (_scaled(d_hidden, grad[:, None]), d_weight, d_bias, *rest)
-        factor = grad[:, None] if ctx.per_row else grad
-        return (_scaled(d_hidden, factor), _scaled(d_weight, grad), _scaled(d_bias, grad), *rest)
+        return (
+            _scaled(d_hidden, grad[:, None] if ctx.per_row else grad),
+            _scaled(d_weight, grad),
+            _scaled(d_bias, grad),
+            *rest,
+        )
 
 
 def _scaled(tensor: Tensor | None, factor: Tensor) -> Tensor | None:
@@ -164,9 +179,11 @@ def _run_chunks(
     tensors: tuple[Tensor | None, ...],
     chunk_rows: int,
     wanted: tuple[bool, bool, bool],
+    *,
+    factor: float,
     row_factors: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Return the rows' losses [N] and the wanted gradients of their sum, weighted with `row_factors` [N] if given."""
+    """Return the rows' losses [N] and the wanted gradients of their sum times `factor` and, if given, `row_factors`."""
     N, V = len(hidden), len(weight)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = hidden.new_empty(N, dtype=wide)
@@ -184,14 +201,14 @@ def _run_chunks(
         if row_factors is not None:
             z *= row_factors[rows, None]
         if d_bias is not None:
-            d_bias += z.sum(0)
+            d_bias.add_(z.sum(0), alpha=factor)
         g = z if z.dtype == hidden.dtype else buffer[: len(h)].copy_(z)
         if d_weight is not None and g.dtype == wide:
-            d_weight.addmm_(g.T, h)
+            d_weight.addmm_(g.T, h, alpha=factor)
         elif d_weight is not None:
-            d_weight += g.T @ h
+            d_weight += torch.addmm(g.new_zeros(1, 1), g.T, h, beta=0, alpha=factor)
         if d_hidden is not None:
-            torch.mm(g, weight, out=d_hidden[rows])
+            torch.addmm(d_hidden[rows], g, weight, beta=0, alpha=factor, out=d_hidden[rows])
     return losses, (
         d_hidden,
         None if d_weight is None else d_weight.to(weight.dtype),

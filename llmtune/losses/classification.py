@@ -35,6 +35,9 @@ class ClassificationLoss:
 
     label_smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        CrossEntropy(self.label_smoothing)  # checks it
+
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss over `count_targets(batch)` targets, a scalar in at least float32.
 
@@ -47,6 +50,8 @@ class ClassificationLoss:
                 range.
         """
         labels = _labels(batch)
+        problem = getattr(getattr(inner_model(model), "config", None), "problem_type", None)
+        _check_kind(problem, labels)
         logits = at_least_float32(model(**model_inputs(model, batch)).logits)
         if not labels.is_floating_point():
             return self._cross_entropy(logits, labels)
@@ -58,7 +63,6 @@ class ClassificationLoss:
                 f"float labels {[*labels.shape]} do not fit logits {[*logits.shape]}: one for each is needed"
             )
         labels = labels.reshape(logits.shape)
-        problem = getattr(getattr(inner_model(model), "config", None), "problem_type", None)
         if logits.shape[-1] == 1 or problem == "regression":
             return F.mse_loss(logits, labels)
         return F.binary_cross_entropy_with_logits(logits, labels)
@@ -86,6 +90,17 @@ class ClassificationLoss:
         if len(targets) == 0:
             raise ValueError(f"the mean needs at least one target: all {labels.numel()} are ignored (labels all -100)")
         return CrossEntropy(self.label_smoothing).plain(rows, (targets,)).mean()
+
+
+def _check_kind(problem: str | None, labels: Tensor) -> None:
+    """Raise ValueError where the configuration's problem type wants labels of the other kind."""
+    wanted = {"regression": "float", "multi_label_classification": "float", "single_label_classification": "integer"}
+    kind = "float" if labels.is_floating_point() else "integer"
+    if problem in wanted and wanted[problem] != kind:
+        raise ValueError(
+            f'the model\'s problem_type="{problem}" needs {wanted[problem]} labels; got {labels.dtype}. Change the '
+            "labels, or set model.config.problem_type to None"
+        )
 
 
 def _labels(batch: Batch) -> Tensor:

@@ -79,10 +79,11 @@ def linear_cross_entropy(
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     if len(targets) == 0 and reduction == "mean":
         raise ValueError(f"the mean needs at least one target: all {N} are ignored (labels all {ignore_index})")
-    value = linear_row_loss(hidden, weight, bias, loss, (targets,), per_row=reduction == "none", chunk_rows=chunk_rows)
-    if reduction == "mean":
-        return value / len(targets)
-    return value if reduction == "sum" or rows is None else value.new_zeros(N).index_copy(0, rows, value)
+    per_row, factor = reduction == "none", 1 / len(targets) if reduction == "mean" else 1.0
+    value = linear_row_loss(
+        hidden, weight, bias, loss, (targets,), per_row=per_row, factor=factor, chunk_rows=chunk_rows
+    )
+    return value if not per_row or rows is None else value.new_zeros(N).index_copy(0, rows, value)
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,9 @@ def linear_kl_divergence(
         hidden, teacher_hidden = hidden.index_select(0, rows), teacher_hidden.index_select(0, rows)
     _check_mean(reduction, len(hidden), N)
     fixed = (teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach())
-    value = linear_row_loss(hidden, weight, bias, loss, fixed, per_row=reduction == "none", chunk_rows=chunk_rows)
-    if reduction == "mean":
-        return value / len(hidden)
-    return value if reduction == "sum" or rows is None else value.new_zeros(N).index_copy(0, rows, value)
+    per_row, factor = reduction == "none", 1 / len(hidden) if reduction == "mean" else 1.0
+    value = linear_row_loss(hidden, weight, bias, loss, fixed, per_row=per_row, factor=factor, chunk_rows=chunk_rows)
+    return value if not per_row or rows is None else value.new_zeros(N).index_copy(0, rows, value)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import hidden_before_head
 from llmtune.losses.token_loss import head_cross_entropy, refuse_encoder_decoder, token_labels
 from llmtune.types import Batch
@@ -26,6 +27,9 @@ class MaskedLMLoss:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        CrossEntropy(self.label_smoothing, self.z_loss)  # checks them
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss over `count_targets(batch)` targets, a scalar in at least float32.

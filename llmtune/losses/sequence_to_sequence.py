@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import hidden_before_head, inner_model
 from llmtune.losses.token_loss import head_cross_entropy, token_labels
 from llmtune.types import Batch
@@ -29,6 +30,9 @@ class SequenceToSequenceLoss:
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        CrossEntropy(self.label_smoothing, self.z_loss)  # checks them
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss over `count_targets(batch)` targets, a scalar in at least float32.

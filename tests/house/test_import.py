@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ for statement in statements:
         exec(statement)
         after = world()
         changed = sorted(name for name in before if before[name] != after[name])
-        new = sorted({name.split(".")[0] for name in set(sys.modules) - loaded})
+        new = sorted(set(sys.modules) - loaded)
         print(json.dumps({"changed": changed, "loaded": new, "devices asked": sorted(set(asked))}), flush=True)
         os._exit(0)
     if os.waitpid(child, 0)[1]:
@@ -93,9 +94,9 @@ def test_import_llmtune_does_nothing():
 def test_import_of_each_package_does_nothing():
     statements = [f"import llmtune.{name}" for name in PACKAGES]
     reports = probe(statements, setup="import torch")  # what torch itself does and loads is torch's
-    forbidden = ("transformers", "matplotlib", "triton", "peft", "accelerate", "datasets", "sklearn")
+    forbidden = ("transformers", "matplotlib", "triton", "peft", "accelerate", "datasets", "sklearn", "torch._dynamo")
     said = {statement: sins(report, forbidden) for statement, report in reports.items()}
-    assert said == dict.fromkeys(statements, [])
+    assert {statement: sentences for statement, sentences in said.items() if sentences} == {}
 
 
 SINS = {
@@ -135,8 +136,6 @@ def test_the_public_face_names_every_package_and_what_it_holds():
 
 
 def test_the_table_of_homes_agrees_with_what_type_checkers_see():
-    import ast
-
     tree = ast.parse((ROOT / "llmtune/__init__.py").read_text(encoding="utf-8"))
     seen = {
         alias.name: node.module.removeprefix("llmtune").removeprefix(".")
@@ -151,10 +150,10 @@ def test_the_table_of_homes_agrees_with_what_type_checkers_see():
 
 
 def test_an_unknown_name_names_the_near_ones():
-    with pytest.raises(AttributeError, match='llmtune has no "LoopSetting". Did you mean "LoopSettings"'):
+    with pytest.raises(AttributeError, match=r'llmtune has no "LoopSetting"\. Did you mean "LoopSettings"'):
         _ = llmtune.LoopSetting
 
 
 def test_version_is_that_of_the_project_file():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert llmtune.__version__ == project["version"]
+    versions = re.findall(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert versions == [llmtune.__version__]

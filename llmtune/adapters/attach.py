@@ -1,0 +1,245 @@
+"""Putting adapters onto a model, switching them, and taking them off without a trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from llmtune.adapters.config import LoRA
+from llmtune.adapters.layer import AdapterLayer, bare_named_parameters, named_places
+from llmtune.adapters.plan import plan_lora
+from llmtune.adapters.report import AttachReport
+from llmtune.errors import did_you_mean
+from llmtune.modules import unwrap
+
+_ATTRIBUTE = "_llmtune_adapters"
+
+
+@dataclass
+class Record:
+    """What the root keeps about its adapters; it holds names and configurations only, so a copied model has its own.
+
+    Attributes:
+        configs: the attached adapters, oldest first.
+        requires_grad: the flags the bare parameters came with, by bare name.
+        merged: the adapters that stand in the base's weights, in the order in which they were merged.
+        kept: for each of these, what `unmerge` puts back.
+    """
+
+    configs: dict[str, LoRA] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    merged: list[str] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachReport:
+    """Put an adapter onto a model and freeze everything else, earlier adapters included.
+
+    The model's output is the same to the bit until the adapter is trained. Earlier adapters stay active.
+
+    Args:
+        model: any module; it is changed in place.
+        config: what to adapt, a `LoRA`.
+        name: the adapter's name: letters, digits, "_", "-" and ".".
+
+    Returns:
+        What was adapted, to print.
+
+    Raises:
+        ValueError: the name is taken or not allowed; a pattern matches nothing; a rank is larger than its layer; the
+            root itself is a target. The model is then as it was.
+        TypeError: a target is of a kind that cannot be adapted.
+
+    Example:
+        >>> from llmtune.adapters import LoRA, attach
+        >>> from llmtune.testing.models import tiny_llama
+        >>> print(attach(tiny_llama(), LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"])))
+        adapter "default": 4 modules (q_proj 2, v_proj 2)
+        trainable params: 784 || all params: 21,980 || trainable%: 3.5669
+    """
+    model = unwrap(model)
+    record = _record(model)
+    _check_name(model, name, record)
+    plan = plan_lora(model, config, name)
+    before = dict(named_places(model))
+    after = dict(before)
+    for place, build in plan.builders:  # several at one place go around each other
+        after[place] = build(after[place])
+    flags = {bare: parameter.requires_grad for bare, parameter in bare_named_parameters(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    _put(model, {id(module): after[place] for place, module in before.items() if after[place] is not module})
+    if record is None:
+        record = Record(requires_grad=flags)
+        setattr(model, _ATTRIBUTE, record)
+    record.configs[name] = config
+    return AttachReport.of(model, name, plan)
+
+
+def detach(model: nn.Module, name: str = "default") -> None:
+    """Take an adapter off. With the last one gone the model is the very one that came: classes, tensors and flags.
+
+    Args:
+        model: the model given to `attach`.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: there is no such adapter, or its change stands in the base's weights (`unmerge` it first).
+    """
+    model = unwrap(model)
+    record = record_of(model, name)
+    if name in record.merged:
+        raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before detaching it')
+    for parent in list(model.modules()):
+        for local, child in list(parent._modules.items()):
+            while isinstance(child, AdapterLayer) and child.adapter_name == name:
+                child = child.base
+            parent._modules[local] = child
+    forget(model, name)
+
+
+def forget(model: nn.Module, name: str) -> None:
+    """Strike an adapter that has no layers left from the root's record; the last one gives the flags back."""
+    record = record_of(model, name)
+    del record.configs[name]
+    if record.configs:
+        return
+    for bare, parameter in bare_named_parameters(model):
+        parameter.requires_grad_(record.requires_grad.get(bare, parameter.requires_grad))
+    delattr(model, _ATTRIBUTE)
+
+
+def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
+    """Let exactly these adapters take part from now on; says nothing about which are trained.
+
+    Args:
+        model: a model with adapters.
+        names: one name or several; () for none.
+
+    Raises:
+        ValueError: there is no adapter of that name, or one whose change is merged would have to be left out.
+    """
+    model = unwrap(model)
+    wanted = [names] if isinstance(names, str) else list(names)
+    for name in wanted:
+        record_of(model, name)
+    record = _record(model)
+    left_out = [name for name in (record.merged if record else []) if name not in wanted]
+    if left_out:
+        raise ValueError(
+            f'adapter "{left_out[0]}" is merged into the weights and cannot be switched off: unmerge it first'
+        )
+    for layer in adapter_layers(model):
+        layer.active = layer.adapter_name in wanted
+
+
+@contextmanager
+def active(model: nn.Module, names: str | Iterable[str]) -> Iterator[None]:
+    """Let exactly these adapters take part within the block.
+
+    Args:
+        model: a model with adapters.
+        names: one name or several; () for none.
+
+    Raises:
+        ValueError: as `set_active`.
+    """
+    before = [(layer, layer.active) for layer in adapter_layers(unwrap(model))]
+    set_active(model, names)
+    try:
+        yield
+    finally:
+        for layer, was in before:
+            layer.active = was
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Switch every adapter off within the block: the base model to the bit.
+
+    Args:
+        model: a model with adapters.
+
+    Raises:
+        ValueError: the model has no adapters, or one is merged.
+    """
+    if not adapter_names(model):
+        raise ValueError("the model has no adapters to switch off: attach one first")
+    with active(model, ()):
+        yield
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the model's adapters, oldest first; empty where it has none."""
+    record = _record(unwrap(model))
+    return list(record.configs) if record else []
+
+
+def adapter_layers(model: nn.Module, name: str | None = None) -> list[AdapterLayer]:
+    """Return the model's adapter layers, of one adapter or of all."""
+    found = (module for module in unwrap(model).modules() if isinstance(module, AdapterLayer))
+    return [layer for layer in found if name is None or layer.adapter_name == name]
+
+
+def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
+    """Return an adapter's own parameters by their dotted names in the model.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    model = unwrap(model)
+    record_of(model, name)
+    return {
+        f"{place}.{local}" if place else local: parameter
+        for place, module in model.named_modules()
+        if isinstance(module, AdapterLayer) and module.adapter_name == name
+        for local, parameter in module.named_parameters()
+        if not local.startswith("base.")
+    }
+
+
+def record_of(model: nn.Module, name: str) -> Record:
+    """Return the root's record, having made sure that it knows the adapter.
+
+    Raises:
+        ValueError: there is no such adapter; names the nearest.
+    """
+    record = _record(unwrap(model))
+    if record is None or name not in record.configs:
+        there = ", ".join(f'"{other}"' for other in record.configs) if record else "none"
+        hint = did_you_mean(name, record.configs) if record else ""
+        raise ValueError(f'the model has no adapter "{name}"; there are: {there}.{hint}')
+    return record
+
+
+def _record(model: nn.Module) -> Record | None:
+    return getattr(model, _ATTRIBUTE, None)
+
+
+def _put(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
+    """Set each layer in place of the module with that id, wherever that hangs: a module may be used in several places."""
+    for parent in list(model.modules()):
+        for local, child in parent._modules.items():
+            if id(child) in layers:
+                parent._modules[local] = layers[id(child)]
+
+
+def _check_name(model: nn.Module, name: str, record: Record | None) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or ".." in name:
+        raise ValueError(
+            f'an adapter\'s name, which names a folder too, has letters, digits, "_", "-" and ".", but no ".."; got {name!r}'
+        )
+    if record is not None and name in record.configs:
+        raise ValueError(f'the model already has an adapter "{name}": detach it first, or choose another name')
+    segments = {part for place, _ in named_places(model) for part in place.split(".")}
+    if name in segments or any(part in segments for part in name.split(".") if not part.isdigit()):
+        raise ValueError(f'the adapter\'s name "{name}" is also the name of a module in the model; choose another')

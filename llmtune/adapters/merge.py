@@ -1,0 +1,183 @@
+"""Folding an adapter's change into the base's weights, in float32 with one rounding, and taking it out to the bit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.adapters.attach import adapter_layers, detach, record_of
+from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
+from llmtune.adapters.report import MergeReport
+from llmtune.modules import unwrap
+
+Place = tuple[nn.Module, str]  # a bare module and the local name of one of its parameters
+
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, untie: bool = False) -> MergeReport:
+    """Fold an adapter into the weights: W + its change, in float32, rounded once to W's dtype.
+
+    Args:
+        model: a model with the adapter.
+        name: the adapter's name.
+        keep_base: keep the originals on the CPU, so that `unmerge` is exact to the bit. False removes the adapter's
+            layers for good: with the last adapter gone the model is a plain one.
+        untie: where a weight to be changed is tied to another (embedding and output head), give it storage of its own
+            first. Without it such a weight raises.
+
+    Returns:
+        What was changed, the bytes kept, and the largest rounding.
+
+    Raises:
+        ValueError: there is no such adapter; it is merged already; a weight is tied, or not floating (quantised); the
+            change is not finite; a bias is trained where the base has none. Nothing has been changed then.
+    """
+    model = unwrap(model)
+    record = record_of(model, name)
+    if name in record.merged:
+        raise ValueError(f'adapter "{name}" is merged already: unmerge it first')
+    if record.merged and not keep_base:
+        raise ValueError(
+            f'adapter "{record.merged[-1]}" is merged: merge with keep_base=True, or unmerge that one first'
+        )
+    names = _place_names(model)
+    changes = _changes(model, name, names)
+    tied = _tied(names)
+    shared = [place for place in changes if place in tied]
+    if shared and not untie:
+        raise ValueError(
+            f"{names[shared[0]]} shares its storage with another parameter (tied weights), which merging would change too: "
+            "pass untie=True to give it storage of its own"
+        )
+    kept: dict[Place, tuple[nn.Parameter, Tensor | None]] = {}
+    rounding = 0.0
+    for place in list(changes):
+        parameter, merged = _parameter(place), changes.pop(place)
+        kept[place] = (parameter, parameter.detach().cpu().clone() if keep_base else None)
+        if place in shared:
+            _set(place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+        exact = merged()
+        _parameter(place).copy_(exact)
+        rounding = max(rounding, float((_parameter(place).to(exact.dtype) - exact).abs().max()))
+    untied_config = bool(shared) and _untie_config(model)
+    for layer in adapter_layers(model, name):
+        layer.merged = True
+    report = MergeReport(
+        name, tuple(names[place] for place in kept), sum(t.nbytes for _, t in kept.values() if t is not None), rounding,
+        tuple(names[place] for place in shared),
+    )  # fmt: skip
+    if keep_base:
+        record.merged.append(name)
+        record.kept[name] = (list(kept.items()), untied_config)
+    else:
+        detach(model, name)
+    return report
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module, name: str = "default") -> None:
+    """Put back the weights of before `merge`, bit for bit; the adapter takes part in the forward pass again.
+
+    Args:
+        model: a model with the adapter merged.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: the adapter is not merged, or another one was merged after it.
+    """
+    model = unwrap(model)
+    record = record_of(model, name)
+    if name not in record.merged:
+        raise ValueError(f'adapter "{name}" is not merged: there is nothing to take out')
+    if record.merged[-1] != name:
+        raise ValueError(f'adapter "{record.merged[-1]}" was merged after "{name}": unmerge that one first')
+    kept, untied_config = record.kept.pop(name)
+    for place, (parameter, original) in kept:
+        if _parameter(place) is not parameter:
+            _set(place, parameter)
+        else:
+            parameter.copy_(original)
+    if untied_config:
+        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    record.merged.remove(name)
+    for layer in adapter_layers(model, name):
+        layer.merged = False
+
+
+def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place, Any]:
+    """Return for each parameter a function that gives its merged value in float32, all checked."""
+    by_place: dict[Place, list[tuple[AdapterLayer, str]]] = defaultdict(list)
+    for layer in dict.fromkeys(adapter_layers(model, name)):
+        bare = bare_module(layer)
+        for local, delta in layer.deltas().items():
+            place = _place(bare, local)
+            if place not in names:
+                raise ValueError(f'adapter "{name}" trains a {local} where the base {type(bare).__name__} has none')
+            parameter = _parameter(place)
+            if not parameter.is_floating_point() or parameter.shape != delta.shape:
+                raise ValueError(
+                    f"{names[place]} is {tuple(parameter.shape)} of {parameter.dtype}: only a floating weight of shape "
+                    f"{tuple(delta.shape)} can be merged into. De-quantise it first"
+                )
+            if not bool(delta.isfinite().all()):
+                raise ValueError(f"the change of {names[place]} is not finite: nothing has been merged")
+            by_place[place].append((layer, local))
+    return {place: _merged(_parameter(place), layers) for place, layers in by_place.items()}
+
+
+def _merged(parameter: nn.Parameter, layers: list[tuple[AdapterLayer, str]]) -> Any:
+    def value() -> Tensor:
+        replaced = [layer.replacements()[local] for layer, local in layers if local in layer.replacements()]
+        if replaced and len(layers) == 1:
+            return replaced[0].to(torch.promote_types(replaced[0].dtype, torch.float32))
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        return parameter.to(wide) + sum(layer.deltas()[local].to(wide) for layer, local in layers)
+
+    return value
+
+
+def _place_names(model: nn.Module) -> dict[Place, str]:
+    return {
+        (bare_module(module), local): f"{place}.{local}" if place else local
+        for place, module in named_places(model)
+        for local, parameter in bare_module(module)._parameters.items()
+        if parameter is not None
+    }
+
+
+def _place(bare: nn.Module, local: str) -> Place:
+    inner, _, last = local.rpartition(".")
+    return bare.get_submodule(inner), last
+
+
+def _parameter(place: Place) -> nn.Parameter:
+    module, local = place
+    parameter = module._parameters[local]
+    assert parameter is not None
+    return parameter
+
+
+def _set(place: Place, parameter: nn.Parameter) -> None:
+    module, local = place
+    module._parameters[local] = parameter
+
+
+def _tied(names: dict[Place, str]) -> set[Place]:
+    """Return the places whose parameter lies in a storage that another place's parameter lies in as well."""
+    by_storage: dict[int, list[Place]] = defaultdict(list)
+    for place in names:
+        parameter = _parameter(place)
+        by_storage[parameter.untyped_storage().data_ptr() or id(parameter)].append(place)
+    return {place for places in by_storage.values() if len(places) > 1 for place in places}
+
+
+def _untie_config(model: nn.Module) -> bool:
+    """Tell a Hugging Face configuration that the weights are no longer tied, so that saving and loading keep both."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        return True
+    return False

@@ -1,0 +1,135 @@
+"""PEFT's `adapter_config.json`, written from a LoRA record and read back into one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtune.adapters.attach import adapter_layers
+from llmtune.adapters.config import LoRA
+from llmtune.adapters.layer import bare_module, named_places
+from llmtune.adapters.lora import LowRankLayer
+from llmtune.adapters.targets import ALL_LINEAR, ends_in, is_conv1d
+
+# What PEFT writes for a plain LoRA beside the entries that a record decides. Another value than these asks for a method
+# or an option that is not offered here, and is refused by name.
+PLAIN: dict[str, Any] = {
+    "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
+    "eva_config": None, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
+    "layers_to_transform": None, "loftq_config": {}, "lora_ga_config": None, "megatron_config": None,
+    "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None,
+    "use_bdlora": None, "use_dora": False, "use_qalora": False, "velora_config": None,
+}  # fmt: skip
+# What says where an adapter came from, or how it is to be run, and changes nothing in its meaning.
+ASIDE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "revision",
+    "task_type", "runtime_config", "fan_in_fan_out", "qalora_group_size",
+}  # fmt: skip
+OWN = {
+    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
+}  # fmt: skip
+TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
+    """Return the entries of `adapter_config.json` for an attached adapter.
+
+    Args:
+        model: the model it is attached to.
+        config: its record.
+        name: its name.
+    """
+    kind = type(model)
+    task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
+    transposed = [is_conv1d(layer) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
+    excludes = config.exclude if isinstance(config.exclude, str) else sorted(config.exclude)
+    return PLAIN | {
+        "alpha_pattern": dict(config.alpha_pattern),
+        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "bias": config.train_bias,
+        "exclude_modules": excludes or None,
+        "fan_in_fan_out": bool(transposed) and all(transposed),
+        "inference_mode": True,
+        "init_lora_weights": "gaussian" if config.initialise == "gaussian" else True,
+        "lora_alpha": config.alpha,
+        "lora_bias": config.lora_bias,
+        "lora_dropout": config.dropout,
+        "megatron_core": "megatron.core",
+        "modules_to_save": sorted(config.train_modules) or None,
+        "peft_type": "LORA",
+        "r": config.rank,
+        "rank_pattern": dict(config.rank_pattern),
+        "revision": None,
+        "target_modules": _written_targets(model, config, name),
+        "task_type": task,
+        "use_rslora": config.rslora,
+    }
+
+
+def read_config(path: Path, dtype: torch.dtype) -> LoRA:
+    """Return the LoRA record that a PEFT configuration describes.
+
+    Args:
+        path: the `adapter_config.json`.
+        dtype: of the adapter's tensors; the configuration does not tell it.
+
+    Raises:
+        ValueError: the file is no JSON object, is of another method, or asks for an option that is not offered here.
+    """
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {type(error).__name__}: {error}") from error
+    if not isinstance(read, dict) or "peft_type" not in read:
+        raise ValueError(f'{path} is no adapter configuration: it must be a JSON object with "peft_type"')
+    if read["peft_type"] != "LORA":
+        raise ValueError(f'{path}: "peft_type" is {read["peft_type"]!r}; only "LORA" is read here')
+    for key, value in read.items():
+        plain = PLAIN.get(key)
+        if key not in OWN | ASIDE and value != plain and value not in (None, False, {}, []):
+            raise ValueError(f"{path}: {key}={json.dumps(value)} asks for something that is not offered here")
+    start = read.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian"):
+        raise ValueError(
+            f"{path}: init_lora_weights={start!r} changed the base weights, which are not in the file. Convert the "
+            "adapter to a plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    return LoRA(
+        rank=read.get("r", 8),
+        alpha=read.get("lora_alpha", 8),
+        targets=_names(read.get("target_modules") or ()),
+        exclude=_names(read.get("exclude_modules") or ()),
+        dropout=read.get("lora_dropout", 0.0),
+        rslora=read.get("use_rslora", False),
+        lora_bias=read.get("lora_bias", False),
+        rank_pattern=read.get("rank_pattern") or {},
+        alpha_pattern=read.get("alpha_pattern") or {},
+        initialise="gaussian" if start == "gaussian" else "kaiming",
+        train_bias=read.get("bias", "none"),
+        train_modules=tuple(read.get("modules_to_save") or ()),
+        dtype=dtype,
+    )
+
+
+def _names(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _written_targets(model: nn.Module, config: LoRA, name: str) -> str | list[str]:
+    """Return targets that mean the same modules to PEFT; "all-linear" is written out, as PEFT does."""
+    if isinstance(config.targets, str) and config.targets != ALL_LINEAR:
+        return config.targets
+    if config.targets != ALL_LINEAR:
+        return sorted(config.targets)
+    adapted = {id(bare_module(layer)) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)}
+    places = {place: id(bare_module(module)) in adapted for place, module in named_places(model) if place}
+    full = sorted(place for place, is_adapted in places.items() if is_adapted)
+    ends = sorted({place.rsplit(".", 1)[-1] for place in full})
+    same = all(is_adapted == any(ends_in(place, end) for end in ends) for place, is_adapted in places.items())
+    return ends if same else full

@@ -1,0 +1,120 @@
+"""What attaching, loading and merging tell, to print and to test against."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from llmtune.adapters.plan import Plan
+
+
+def trainable_summary(model: nn.Module) -> str:
+    """Return "trainable params: X || all params: Y || trainable%: Z" of any module."""
+    parameters = list(model.parameters())
+    trainable, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    share = 100 * trainable / total if total else 0.0
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
+class _Shown:
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+@dataclass(frozen=True)
+class AttachReport(_Shown):
+    """What `attach` did.
+
+    Attributes:
+        name: the adapter.
+        modules: names of the modules with a low-rank change.
+        counts: how many modules each target pattern matched.
+        copied: names of the modules trained whole.
+        biases: names of the modules whose bias is trained.
+        heads: output heads left frozen.
+        summary: the line of `trainable_summary`.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    counts: dict[str, int]
+    copied: tuple[str, ...]
+    biases: tuple[str, ...]
+    heads: tuple[str, ...]
+    summary: str
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str, plan: Plan) -> AttachReport:
+        """Return the report of a plan that has been carried out."""
+        parts = (tuple(plan.adapted), dict(plan.counts), tuple(plan.copied), tuple(plan.biases), tuple(plan.heads))
+        return cls(name, *parts, trainable_summary(model))
+
+    def __str__(self) -> str:
+        patterns = ", ".join(f"{pattern} {count}" for pattern, count in self.counts.items())
+        lines = [f'adapter "{self.name}": {len(self.modules)} modules' + (f" ({patterns})" if patterns else "")]
+        if self.copied:
+            lines.append(f"trained whole, as copies: {', '.join(self.copied)}")
+        if self.biases:
+            lines.append(f"trained biases: {len(self.biases)}")
+        if self.heads:
+            lines.append(
+                f"frozen output head: {', '.join(self.heads)} (if it starts at random, name it in train_modules)"
+            )
+        return "\n".join([*lines, self.summary])
+
+
+@dataclass(frozen=True)
+class LoadReport(_Shown):
+    """What `load` found.
+
+    Attributes:
+        name: the adapter the tensors went to.
+        loaded: how many tensors.
+        missing: tensors the adapter has and the file has not.
+        unexpected: tensors the file has and the adapter has not.
+        mismatched: tensors whose shapes differ, with both shapes.
+    """
+
+    name: str
+    loaded: int
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f'adapter "{self.name}": {self.loaded} tensors loaded']
+        for what in ("missing", "unexpected", "mismatched"):
+            names = getattr(self, what)
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                lines.append(f"{len(names)} {what}: {', '.join(names[:3])}{more}")
+        return "; ".join(lines)
+
+
+@dataclass(frozen=True)
+class MergeReport(_Shown):
+    """What `merge` did.
+
+    Attributes:
+        name: the adapter.
+        parameters: the bare names of the parameters changed.
+        kept_bytes: bytes of originals kept on the CPU for `unmerge`.
+        largest_rounding: the largest distance of a merged entry from the exact sum: what rounding to the weight's type cost.
+        untied: parameters that were given a copy of their own because they were tied.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    kept_bytes: int
+    largest_rounding: float
+    untied: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        kept = f"{self.kept_bytes / 2**20:.1f} MiB of originals kept" if self.kept_bytes else "originals not kept"
+        untied = f"; untied: {', '.join(self.untied)}" if self.untied else ""
+        count = len(self.parameters)
+        return f'adapter "{self.name}" merged into {count} parameters, {kept}; rounding at most {self.largest_rounding:.3g}{untied}'

@@ -1,0 +1,113 @@
+"""Which modules an adapter goes to: suffixes, a regular expression, or every linear layer; nothing may match nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from llmtune.adapters.layer import bare_module
+from llmtune.errors import did_you_mean
+
+ALL_LINEAR = "all-linear"
+
+
+def ends_in(name: str, suffix: str) -> bool:
+    """Return whether a dotted module name is `suffix` or ends in ".suffix"."""
+    return name == suffix or name.endswith("." + suffix)
+
+
+def matching(patterns: str | Sequence[str], names: Sequence[str], *, what: str) -> dict[str, list[str]]:
+    """Return the names each pattern matches: a string is a regular expression for whole names, others are suffixes.
+
+    Args:
+        patterns: one regular expression, or suffixes.
+        names: the dotted names of the model's modules.
+        what: the argument the patterns came in, for the sentence.
+
+    Raises:
+        ValueError: a pattern matches no name; names the nearest.
+    """
+    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    found = {}
+    for pattern in listed:
+        if isinstance(patterns, str):
+            found[pattern] = [name for name in names if re.fullmatch(pattern, name)]
+        else:
+            found[pattern] = [name for name in names if ends_in(name, pattern)]
+        if not found[pattern]:
+            kind = "no module's whole name" if isinstance(patterns, str) else "no module's name or its end"
+            raise ValueError(f'{what}: "{pattern}" matches {kind} in this model.{did_you_mean(pattern, _ends(names))}')
+    return found
+
+
+def pattern_value(name: str, patterns: Mapping[str, Any], otherwise: Any) -> Any:
+    """Return the value of the first pattern that the end of `name` matches, PEFT's rule for rank and alpha patterns."""
+    for pattern, value in patterns.items():
+        if _fits(pattern, name):
+            return value
+    return otherwise
+
+
+def check_patterns_used(patterns: Iterable[str], names: Sequence[str], *, what: str) -> None:
+    """Raise ValueError where a pattern fits none of the adapted modules' names."""
+    for pattern in patterns:
+        if not any(_fits(pattern, name) for name in names):
+            raise ValueError(
+                f'{what}: "{pattern}" fits none of the adapted modules.{did_you_mean(pattern, _ends(names))}'
+            )
+
+
+def linear_places(model: nn.Module, places: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names of all linear layers and Conv1D, without the output head where the model has one.
+
+    Args:
+        model: the root.
+        places: its modules by bare name.
+    """
+    heads = {id(bare_module(head)) for head in output_heads(model)}
+    return [
+        name for name, module in places.items() if name and is_linear(module) and id(bare_module(module)) not in heads
+    ]
+
+
+def output_heads(model: nn.Module) -> list[nn.Module]:
+    """Return the linear layers of a Hugging Face model that turn hidden states into its output.
+
+    That is the language-model head; a model without one has as heads the linear layers outside its `base_model`.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if isinstance(head, nn.Module):
+        return [head]
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return []
+    inside = {id(module) for module in base.modules()}
+    return [module for module in model.modules() if is_linear(module) and id(module) not in inside]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether the bare module is a linear layer or GPT-2's Conv1D."""
+    bare = bare_module(module)
+    return isinstance(bare, nn.Linear) or is_conv1d(bare)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether the bare module is transformers' Conv1D, a linear layer with its weight as [in, out]."""
+    bare = bare_module(module)
+    return any(
+        f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D" for kind in type(bare).__mro__
+    )
+
+
+def _fits(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    """Return the names' last parts, and then the names themselves, each once."""
+    listed = list(names)
+    return list(dict.fromkeys([*(name.rsplit(".", 1)[-1] for name in listed), *listed]))

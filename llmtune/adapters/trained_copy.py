@@ -1,0 +1,107 @@
+"""Trained copies: a module, or a bias, of which the adapter trains a copy while the original stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.adapters.layer import AdapterLayer, bare_module
+
+
+class TrainedCopy(AdapterLayer):
+    """A module trained whole, as a copy: PEFT's `modules_to_save`.
+
+    Args:
+        base: any module, for instance a classification head that starts at random.
+        dtype: of the copy's floating parameters; None keeps the base's.
+        adapter_name: the adapter the copy belongs to.
+    """
+
+    def __init__(self, base: nn.Module, *, dtype: torch.dtype | None = None, adapter_name: str = "default") -> None:
+        super().__init__(base, adapter_name=adapter_name)
+        self.copy = copy.deepcopy(bare_module(base)).requires_grad_(True)
+        if dtype is not None:
+            self.copy.to(dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the copy where the adapter takes part, else the base."""
+        return (self.copy if self.takes_part else self.base)(*args, **kwargs)
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Return copy - original for every parameter, by its name in the module; see `AdapterLayer`."""
+        originals = dict(bare_module(self).named_parameters())
+        return {name: _wide(p) - _wide(originals[name]) for name, p in self.copy.named_parameters()}
+
+    def replacements(self) -> dict[str, Tensor]:
+        """Return the copy's parameters by their names in the module; see `AdapterLayer`."""
+        return dict(self.copy.named_parameters())
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the module that is in use has under this name: code around it may ask for its weight."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if "copy" not in modules:
+                raise
+            return getattr(modules["copy"] if self.takes_part else modules["base"], name)
+
+
+class TrainedBias(AdapterLayer):
+    """A bias trained as a copy, beside a module that adds its bias last: base(x) + (copy - original).
+
+    Args:
+        base: a linear layer, `Conv1D` or layer norm with a bias [out].
+        adapter_name: the adapter the copy belongs to.
+
+    Raises:
+        TypeError: the module has no bias, or may not add it last.
+    """
+
+    def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
+        super().__init__(base, adapter_name=adapter_name)
+        bare = bare_module(base)
+        if not adds_bias_last(bare):
+            raise TypeError(
+                f"cannot train the bias of a {type(bare).__name__}: name the module in train_modules instead"
+            )
+        self.trained_bias = nn.Parameter(bare.bias.detach().clone())  # type: ignore[union-attr, operator]
+        self.register_buffer("original", bare.bias.detach().clone(), persistent=False)  # type: ignore[union-attr, operator]
+
+    @property
+    def weight(self) -> Any:
+        """The bare module's weight."""
+        return bare_module(self).weight
+
+    @property
+    def bias(self) -> Any:
+        """The bias in use."""
+        return self.trained_bias if self.takes_part else bare_module(self).bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the base's output with the trained bias, in its dtype."""
+        result: Tensor = self.base(x)
+        if not self.takes_part:
+            return result
+        return (result + self.deltas()["bias"]).to(result.dtype)
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Return copy - original of the bias; see `AdapterLayer`."""
+        return {"bias": _wide(self.trained_bias) - _wide(self.original)}
+
+    def replacements(self) -> dict[str, Tensor]:
+        """Return the trained bias; see `AdapterLayer`."""
+        return {"bias": self.trained_bias}
+
+
+def adds_bias_last(module: nn.Module) -> bool:
+    """Return whether the module is one of those that add their bias [out] to what they return, at the very end."""
+    known = isinstance(module, nn.Linear | nn.LayerNorm) or type(module).__name__ == "Conv1D"
+    return known and isinstance(getattr(module, "bias", None), Tensor)
+
+
+def _wide(tensor: Any) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,135 @@
+"""Where a penalty pulls a parameter back to, without a second copy of a weight that is frozen there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.adapters.layer import AdapterLayer
+from llmtune.forgetting.effective import EffectiveParameter
+from llmtune.forgetting.quadratic import Factors
+
+BLOCK = 2**20
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Return a checksum of a tensor's type, shape and every bit, the same on every device.
+
+    A sum modulo 2^64 of each entry's bits times its odd-numbered place: enough to notice any change that is not made to
+    deceive.
+    """
+    bits = tensor.detach().contiguous().reshape(-1).view(INTEGERS[tensor.element_size()])
+    total = 0
+    for start in range(0, len(bits), BLOCK):
+        block = bits[start : start + BLOCK].long()
+        places = torch.arange(start, start + len(block), device=block.device) * 2 + 1
+        total += int((block * places).sum())
+    return f"{tensor.dtype}{[*tensor.shape]}:{total % 2**64:016x}"
+
+
+@dataclass
+class Pin:
+    """A frozen parameter that stands for its own copy, as long as no bit of it changes.
+
+    A write that torch counts (an optimizer, `copy_`, a merge) is noticed, and so is another tensor in its place; then
+    every bit is compared by checksum. A write through `.data` goes past torch's count and is not noticed.
+    """
+
+    mark: str
+    parameter: nn.Parameter
+    version: int
+    pointer: int
+
+    @classmethod
+    def at(cls, parameter: nn.Parameter, mark: str | None = None) -> Pin:
+        """Return a pin at the parameter as it is now."""
+        mark = fingerprint(parameter) if mark is None else mark
+        return cls(mark, parameter, parameter._version, parameter.data_ptr())
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Return whether `parameter` still has the pinned values, and follow it where it has been moved or replaced."""
+        if (parameter is self.parameter) and (parameter._version, parameter.data_ptr()) == (self.version, self.pointer):
+            return True
+        if fingerprint(parameter) != self.mark:
+            return False
+        self.parameter, self.version, self.pointer = parameter, parameter._version, parameter.data_ptr()
+        return True
+
+
+class Anchor:
+    """The value that one effective parameter had: a copy of it, or a pinned weight plus copies of low-rank factors.
+
+    Args:
+        name: the parameter's bare name, for messages.
+        copy: the value, owned by the anchor from now on; or None with `pin`.
+        pin: the frozen weight that the value is, apart from `factors`.
+        factors: what active low-rank adapters added at the time; copies.
+    """
+
+    def __init__(
+        self, name: str, *, copy: Tensor | None = None, pin: Pin | None = None, factors: tuple[Factors, ...] = ()
+    ) -> None:
+        self.name, self.factors = name, factors
+        self.base: Tensor | Pin = pin if copy is None and pin is not None else copy
+        self._mark: str | None = None
+        self._compared = False
+
+    @classmethod
+    def of(cls, entry: EffectiveParameter) -> Anchor:
+        """Return the anchor at the entry's present value."""
+        changes = entry.changing()
+        if entry.parameter.requires_grad or any(delta is not None for _, delta in changes):
+            return cls(entry.name, copy=entry.value().detach().clone())
+        added = (low_rank_of(layer) for layer, _ in changes)
+        factors = ((left.detach().clone(), right.detach().clone(), s) for left, right, s in added)
+        return cls(entry.name, pin=Pin.at(entry.parameter), factors=tuple(f for f in factors if all(t.any() for t in f[:2])))
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape."""
+        return (self.base.parameter if isinstance(self.base, Pin) else self.base).shape
+
+    def mark(self) -> str:
+        """Return a checksum of the value as it was given, whatever has become of the copy since."""
+        if self._mark is None:
+            base = self.base.mark if isinstance(self.base, Pin) else fingerprint(self.base)
+            self._mark = "+".join([base, *(f"{s}*{fingerprint(left)}@{fingerprint(right)}" for left, right, s in self.factors)])
+        return self._mark
+
+    def against(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the value to subtract from the bare parameter; None where the two are equal and the parameter is frozen.
+
+        Raises:
+            ValueError: the parameter stood for its own copy and has changed since.
+        """
+        device = parameter.device
+        self.factors = tuple((left.to(device), right.to(device), s) for left, right, s in self.factors)
+        if isinstance(self.base, Tensor):
+            self.base = self.base.to(device)
+            if parameter.requires_grad or self._compared:
+                return self.base
+            self._compared = True
+            if not torch.equal(self.base, parameter.detach().to(self.base.dtype)):
+                return self.base
+            self.mark()  # of the copy, before it goes
+            self.base = Pin.at(parameter)
+        elif not self.base.holds(parameter):
+            raise ValueError(
+                f"{self.name} was frozen and stood for its own anchor, but has changed since (merged, or trained?): undo "
+                "that, or make a new EWC with the anchor as tensors"
+            )
+        if not parameter.requires_grad:
+            return None
+        self.mark()
+        self.base = parameter.detach().clone()  # it will be trained: from now on the value needs a tensor of its own
+        return self.base
+
+
+def low_rank_of(layer: AdapterLayer) -> Factors:
+    """Return the (left, right, scaling) of a layer that has such a form."""
+    factors = layer.low_rank()
+    assert factors is not None
+    return factors

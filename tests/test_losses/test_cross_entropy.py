@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmtune.losses.chunked import default_chunk_rows
+from llmtune.losses.cross_entropy import linear_cross_entropy
+from llmtune.testing.close import assert_close
+
+N, E, V = 23, 11, 29
+
+
+def inputs(dtype: torch.dtype = torch.float64, *, ignore: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(N, E, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, E, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,), generator=generator)
+    if ignore:
+        targets[1::3] = -100
+    return hidden, weight, bias, targets
+
+
+class Recorder(TorchDispatchMode):
+    """Records the largest tensor any operation makes, and the shapes multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest, self.products = 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.products.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 100, None])
+def test_all_gradients_equal_those_of_the_plain_formula(reduction: str, chunk_rows: int | None) -> None:
+    hidden, weight, bias, targets = inputs()
+    factors = torch.linspace(-1, 2, N, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7)
+    ours = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, chunk_rows=chunk_rows)
+    plain = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction=reduction)
+    assert_close(ours, plain)
+    grads = torch.autograd.grad((ours * factors).sum(), (hidden, weight, bias))
+    expected = torch.autograd.grad((plain * factors).sum(), (hidden, weight, bias))
+    for name, grad, want in zip(("hidden", "weight", "bias"), grads, expected, strict=True):
+        assert_close(grad, want, what=name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_second_derivatives_are_right(reduction: str, smoothing: float) -> None:
+    hidden, weight, bias, targets = inputs()
+
+    def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            h, w, targets[:5], bias=b, reduction=reduction, label_smoothing=smoothing, z_loss=0.1, softcap=2.0
+        )
+
+    assert torch.autograd.gradgradcheck(loss, (hidden[:5].detach().requires_grad_(), weight, bias), atol=1e-6)
+
+
+def test_works_under_torch_func() -> None:
+    hidden, weight, bias, targets = (x.detach() for x in inputs())
+    grad = torch.func.grad(lambda w: linear_cross_entropy(hidden, w, targets, bias=bias))(weight)
+    expected = torch.func.grad(lambda w: F.cross_entropy(F.linear(hidden, w, bias), targets))(weight)
+    assert_close(grad, expected)
+
+
+def test_never_holds_all_logits_and_computes_only_labelled_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(101, 7, generator=generator, requires_grad=True)
+    weight = torch.randn(499, 7, generator=generator)
+    targets = torch.randint(499, (101,), generator=generator)
+    targets[: 101 - 47] = -100
+    with Recorder() as seen:
+        linear_cross_entropy(hidden, weight, targets, chunk_rows=13).backward()
+    assert seen.largest <= 499 * 13
+    forward = [rows for rows, columns in seen.products if columns == 499]
+    assert forward == [13, 13, 13, 8]  # 47 labelled rows, each multiplied by the head once
+    assert (499, 7) not in seen.products  # the head is frozen: its gradient is not computed
+
+
+def test_no_gradient_is_computed_without_need() -> None:
+    hidden, weight, bias, targets = inputs()
+    with torch.no_grad(), Recorder() as seen:
+        linear_cross_entropy(hidden, weight, targets, bias=bias)
+    assert len(seen.products) == 1
+
+
+def test_default_chunks_keep_within_their_memory() -> None:
+    for V_, buffers, dtype in ((49152, 1, torch.float32), (151936, 1, torch.float32), (49152, 2, torch.bfloat16)):
+        rows = default_chunk_rows(torch.empty(V_, 1, dtype=dtype, device="cpu"), buffers)
+        size = rows * V_ * (4 * buffers + (2 if dtype == torch.bfloat16 else 0))
+        assert 60e6 < size <= 64 * 2**20
+    assert default_chunk_rows(torch.empty(10**6, 1), 1) == 64
+
+
+def test_bfloat16_is_at_least_as_exact_as_torchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows, chunk in ((101, 17), (257, 300), (509, 64)):
+        h = torch.randn(rows, 67, generator=generator).bfloat16()
+        w = (torch.randn(211, 67, generator=generator) / 8).bfloat16()
+        t = torch.randint(211, (rows,), generator=generator)
+        t[::3] = -100
+
+        def run(fn: object, *x: Tensor) -> list[Tensor]:
+            x = [part.detach().clone().requires_grad_() for part in x]
+            loss = fn(*x)
+            return [loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, x))]
+
+        exact = run(lambda h, w: F.cross_entropy(h @ w.T, t), h.double(), w.double())  # noqa: B023
+        ours = run(lambda h, w: linear_cross_entropy(h, w, t, chunk_rows=chunk), h, w)  # noqa: B023
+        torchs = run(lambda h, w: F.cross_entropy(F.linear(h, w), t), h, w)  # noqa: B023
+        for mine, theirs, want in zip(ours, torchs, exact, strict=True):
+            assert (mine - want).norm() <= (theirs - want).norm()
+
+
+def test_types() -> None:
+    hidden, weight, bias, targets = inputs(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias)
+    assert loss.dtype == torch.float32
+    grads = torch.autograd.grad(loss, (hidden, weight, bias))
+    assert [grad.dtype for grad in grads] == [torch.bfloat16] * 3
+    mixed = linear_cross_entropy(hidden, weight.float(), targets, bias=bias.float())
+    assert_close(mixed, F.cross_entropy(F.linear(hidden.float(), weight.float(), bias.float()), targets))
+
+
+def test_autocast_multiplies_in_its_type() -> None:
+    hidden, weight, _, targets = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = linear_cross_entropy(hidden, weight, targets)
+        torchs = F.cross_entropy(F.linear(hidden, weight), targets)
+    assert ours.dtype == torch.float32
+    assert_close(ours, torchs.float(), rtol=1e-3)
+    assert ours != linear_cross_entropy(hidden, weight, targets)
+    for grad, want in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(torchs, (hidden, weight)), strict=True
+    ):
+        assert grad.dtype == torch.float32
+        assert_close(grad, want, rtol=2e-2)
+
+
+def test_nan_in_ignored_rows_changes_nothing() -> None:
+    hidden, weight, _, targets = inputs()
+    spoilt = hidden.detach().clone()
+    spoilt[targets == -100] = float("nan")
+    spoilt.requires_grad_()
+    loss, other = (linear_cross_entropy(h, weight, targets) for h in (hidden, spoilt))
+    assert torch.equal(loss, other)
+    (grad,), (other_grad,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(other, spoilt)
+    assert torch.equal(grad, other_grad)
+
+
+def test_another_ignore_index() -> None:
+    hidden, weight, _, targets = inputs()
+    renamed = targets.masked_fill(targets == -100, -1)
+    assert torch.equal(
+        linear_cross_entropy(hidden, weight, renamed, ignore_index=-1), linear_cross_entropy(hidden, weight, targets)
+    )
+
+
+def test_without_any_target() -> None:
+    hidden, weight, bias, _ = inputs()
+    nothing = torch.full((N,), -100)
+    with pytest.raises(ValueError, match=r"all 23 are ignored \(labels all -100\)"):
+        linear_cross_entropy(hidden, weight, nothing)
+    loss = linear_cross_entropy(hidden, weight, nothing, bias=bias, reduction="sum")
+    assert loss == 0
+    for grad in torch.autograd.grad(loss, (hidden, weight, bias)):
+        assert not grad.any()
+    assert linear_cross_entropy(hidden, weight, nothing, reduction="none").tolist() == [0] * N
+
+
+def test_bad_input_is_named() -> None:
+    hidden, weight, bias, targets = inputs()
+    high = targets.clone()
+    high[5] = V
+    with pytest.raises(ValueError, match=r"targets must be in 0 \.\.\. 28 or ignore_index=-100; target 5 is 29"):
+        linear_cross_entropy(hidden, weight, high)
+    high[5] = -1
+    with pytest.raises(ValueError, match="target 5 is -1"):
+        linear_cross_entropy(hidden, weight, high)
+    with pytest.raises(TypeError, match=r"targets must be integers; got torch\.float64"):
+        linear_cross_entropy(hidden, weight, targets.double())
+    with pytest.raises(
+        ValueError, match=r"expected hidden \[N, E\] and weight \[V, E\]; got \(23, 11\) and \(11, 29\)"
+    ):
+        linear_cross_entropy(hidden, weight.T, targets)
+    with pytest.raises(ValueError, match=r"expected targets \[23\], one for each row of hidden; got \(22,\)"):
+        linear_cross_entropy(hidden, weight, targets[1:])
+    with pytest.raises(ValueError, match=r"expected bias \[29\]; got \(28,\)"):
+        linear_cross_entropy(hidden, weight, targets, bias=bias[1:])
+    with pytest.raises(ValueError, match="reduction must be"):
+        linear_cross_entropy(hidden, weight, targets, reduction="max")
+    with pytest.raises(ValueError, match=r"label_smoothing must be between 0 and 1; got 1\.5"):
+        linear_cross_entropy(hidden, weight, targets, label_smoothing=1.5)
+    with pytest.raises(ValueError, match="z_loss must be 0 or more; got -1"):
+        linear_cross_entropy(hidden, weight, targets, z_loss=-1)
+    with pytest.raises(ValueError, match="softcap must be larger than 0, or None; got 0"):
+        linear_cross_entropy(hidden, weight, targets, softcap=0)
+    with pytest.raises(ValueError, match="chunk_rows must be 1 or more; got 0"):
+        linear_cross_entropy(hidden, weight, targets, chunk_rows=0)
