@@ -2,8 +2,8 @@
 
     python benchmarks/bench_import.py [--pairs 7] [--write]
 
-Every import runs in a fresh interpreter, in turns with the one it is compared with. `import llmtune` loads no part before
-it is used, so the second row says what all parts together come to.
+Every import runs in a fresh interpreter, in turns with the one it is compared with. `import llmtune` loads no part
+before it is used, so the second row says what all parts together come to.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,12 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "einops", "peft", "
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure was measured on and when: hardware, versions, date. Loads torch only where a GPU is asked for.
+    """Return what a figure was measured on and when: hardware, versions, date. Does not load torch by itself.
 
     Returns:
         JSON values: "date" (UTC), "cpu", "cores" (those this process may use), "memory_gib", "accelerator" (a name, or
-        None), "threads" (torch's, or None where torch is not loaded), "python", "system", and "versions" of the packages
-        that are installed.
+        None where torch uses none), "threads" (torch's, or None where torch is not loaded), "python", "system", and
+        "versions" of the packages that are installed.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     total = _proc("/proc/meminfo", "MemTotal")
@@ -155,8 +156,6 @@ def report(name: str, result: Mapping[str, Any], *, path: str | Path | None = No
 
 
 def _loaded_torch() -> Any:
-    import sys
-
     return sys.modules.get("torch")
 
 

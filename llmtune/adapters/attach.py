@@ -226,7 +226,7 @@ def _record(model: nn.Module) -> Record | None:
 
 
 def _put(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
-    """Set each layer in place of the module with that id, wherever that hangs: a module may be used in several places."""
+    """Set each layer in place of the module with that id, wherever it hangs: a module may be used in several places."""
     for parent in list(model.modules()):
         for local, child in parent._modules.items():
             if id(child) in layers:
@@ -236,7 +236,7 @@ def _put(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
 def _check_name(model: nn.Module, name: str, record: Record | None) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or ".." in name:
         raise ValueError(
-            f'an adapter\'s name, which names a folder too, has letters, digits, "_", "-" and ".", but no ".."; got {name!r}'
+            f'the adapter name must be made of letters, digits, "_", "-" and ".", without ".."; got {name!r}'
         )
     if record is not None and name in record.configs:
         raise ValueError(f'the model already has an adapter "{name}": detach it first, or choose another name')

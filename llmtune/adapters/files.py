@@ -130,7 +130,7 @@ def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], *, strict: bo
 
 
 def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
-    """Return whether the tensor is a copy of a weight that the model has already; PEFT writes adapted embeddings' own."""
+    """Return whether the tensor is a weight that the model has already; PEFT writes those of adapted embeddings."""
     place = key.removeprefix(PREFIX).removesuffix(".base_layer.weight")
     if not key.endswith(".base_layer.weight"):
         return False

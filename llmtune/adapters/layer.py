@@ -2,7 +2,7 @@
 
 An adapter layer stands in the place of the module it adapts and keeps that module as `base`. Several adapters on one
 module are nested, the newest outermost, so any kinds mix and each file reads alone. A parameter's *bare name* is its
-name in the model as it was before any adapter, DDP wrapper or `torch.compile`: penalties and merges speak in bare names.
+name in the model as it was before any adapter, wrapper or `torch.compile`: penalties and merges speak in bare names.
 """
 
 from __future__ import annotations

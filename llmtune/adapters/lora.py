@@ -106,8 +106,8 @@ class LoRALinear(LowRankLayer):
     """A linear layer with a change of low rank beside it: base(x) + scaling * (dropout(x) A^T) B^T.
 
     Works over `nn.Linear` and over any module that maps [..., in] to [..., out] and has `in_features` and
-    `out_features`. At the start B = 0, so the output is the base's to the bit. A and B are float32 whatever the base is;
-    the sum is made in float32 and rounded once to the base's dtype.
+    `out_features`. At the start B = 0, so the output is the base's to the bit. A and B are float32 whatever the base
+    is; the sum is made in float32 and rounded once to the base's dtype.
 
     Args:
         base: the layer to adapt; its parameters are left alone.
@@ -186,7 +186,8 @@ class LoRAConv1D(LoRALinear):
         lora_bias: bool = False, initialise: str = "kaiming", dtype: torch.dtype = torch.float32,
         adapter_name: str = "default",
     ) -> None:  # fmt: skip
-        columns, rows = bare_module(base).weight.shape  # type: ignore[union-attr, operator]
+        bare: Any = bare_module(base)
+        columns, rows = bare.weight.shape
         LowRankLayer.__init__(
             self, base, columns, rows, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, lora_bias=lora_bias,
             initialise=initialise, dtype=dtype, adapter_name=adapter_name,
@@ -225,7 +226,9 @@ class LoRAEmbedding(LowRankLayer):
         bare = bare_module(base)
         own = type(bare).forward is not nn.Embedding.forward and not hasattr(bare, "embed_scale")
         if not isinstance(bare, nn.Embedding) or own:
-            raise TypeError(f"LoRAEmbedding needs an nn.Embedding with its own forward pass; got {type(bare).__name__}")
+            raise TypeError(
+                f"LoRAEmbedding needs an nn.Embedding with the plain forward pass; got {type(bare).__name__}"
+            )
         if lora_bias:
             raise ValueError("lora_bias has no meaning for an embedding: leave embeddings out of the targets")
         super().__init__(
@@ -251,7 +254,8 @@ class LoRAEmbedding(LowRankLayer):
     @property
     def padding_idx(self) -> int | None:
         """The bare embedding's."""
-        return bare_module(self).padding_idx  # type: ignore[return-value]
+        bare: Any = bare_module(self)
+        return bare.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return [..., E] in the dtype of the base's output, for token ids [...]."""

@@ -49,7 +49,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
     shared = [place for place in changes if place in tied]
     if shared and not untie:
         raise ValueError(
-            f"{names[shared[0]]} shares its storage with another parameter (tied weights), which merging would change too: "
+            f"{names[shared[0]]} shares its storage with another parameter (tied weights), which would change too: "
             "pass untie=True to give it storage of its own"
         )
     kept: dict[Place, tuple[nn.Parameter, Tensor | None]] = {}

@@ -17,8 +17,8 @@ from llmtune.adapters.targets import (
     is_conv1d,
     linear_places,
     matching,
-    output_heads,
     pattern_value,
+    task_heads,
 )
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy, adds_bias_last
 
@@ -34,7 +34,7 @@ class Plan:
         adapted: the names of the modules that get a low-rank change.
         copied: those trained whole, as copies.
         biases: those whose bias is trained.
-        heads: output heads that are neither.
+        heads: heads outside a Hugging Face model's body that are neither; a new one starts at random.
         builders: (place, function from the module there to the layer), in the order in which they are put on.
     """
 
@@ -71,7 +71,8 @@ def plan_lora(model: nn.Module, config: LoRA, name: str) -> Plan:
     check_patterns_used(config.alpha_pattern, plan.adapted, what="alpha_pattern")
     if config.train_bias != "none":
         plan.biases = _bias_places(config, places, plan)
-    plan.heads = [p for p, m in places.items() if any(bare_module(m) is bare_module(h) for h in output_heads(model))]
+    heads = {id(bare_module(head)) for head in task_heads(model)}
+    plan.heads = [place for place, module in places.items() if id(bare_module(module)) in heads]
     plan.heads = [place for place in plan.heads if place not in plan.adapted and not _inside(place, plan.copied)]
     plan.builders = [
         *((place, lambda base: TrainedBias(base, adapter_name=name)) for place in plan.biases),
@@ -170,7 +171,7 @@ def _bias_places(config: LoRA, places: Mapping[str, nn.Module], plan: Plan) -> l
 
 def _check_free(place: str, module: nn.Module, plan: Plan, *, trains_whole: bool) -> None:
     chain = adapter_chain(module)
-    if trains_whole and chain or any(isinstance(layer, TrainedCopy) for layer in chain):
+    if (trains_whole and chain) or any(isinstance(layer, TrainedCopy) for layer in chain):
         raise ValueError(
             f'{place} already belongs to adapter "{chain[0].adapter_name}" and cannot be trained whole by one as well'
         )

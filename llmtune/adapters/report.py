@@ -35,7 +35,7 @@ class AttachReport(_Shown):
         counts: how many modules each target pattern matched.
         copied: names of the modules trained whole.
         biases: names of the modules whose bias is trained.
-        heads: output heads left frozen.
+        heads: a classifier's heads left frozen.
         summary: the line of `trainable_summary`.
     """
 
@@ -103,7 +103,7 @@ class MergeReport(_Shown):
         name: the adapter.
         parameters: the bare names of the parameters changed.
         kept_bytes: bytes of originals kept on the CPU for `unmerge`.
-        largest_rounding: the largest distance of a merged entry from the exact sum: what rounding to the weight's type cost.
+        largest_rounding: the largest distance of a merged entry from the exact sum, lost by rounding.
         untied: parameters that were given a copy of their own because they were tied.
     """
 
@@ -116,5 +116,5 @@ class MergeReport(_Shown):
     def __str__(self) -> str:
         kept = f"{self.kept_bytes / 2**20:.1f} MiB of originals kept" if self.kept_bytes else "originals not kept"
         untied = f"; untied: {', '.join(self.untied)}" if self.untied else ""
-        count = len(self.parameters)
-        return f'adapter "{self.name}" merged into {count} parameters, {kept}; rounding at most {self.largest_rounding:.3g}{untied}'
+        merged = f'adapter "{self.name}" merged into {len(self.parameters)} parameters'
+        return f"{merged}, {kept}; rounding at most {self.largest_rounding:.3g}{untied}"

@@ -1,4 +1,4 @@
-"""Which modules an adapter goes to: suffixes, a regular expression, or every linear layer; nothing may match nothing."""
+"""Which modules an adapter goes to: suffixes, a regular expression, or every linear layer; none may match nothing."""
 
 from __future__ import annotations
 
@@ -67,23 +67,23 @@ def linear_places(model: nn.Module, places: Mapping[str, nn.Module]) -> list[str
         model: the root.
         places: its modules by bare name.
     """
-    heads = {id(bare_module(head)) for head in output_heads(model)}
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    outputs = [head] if isinstance(head, nn.Module) else task_heads(model)
+    heads = {id(bare_module(module)) for module in outputs}
     return [
         name for name, module in places.items() if name and is_linear(module) and id(bare_module(module)) not in heads
     ]
 
 
-def output_heads(model: nn.Module) -> list[nn.Module]:
-    """Return the linear layers of a Hugging Face model that turn hidden states into its output.
+def task_heads(model: nn.Module) -> list[nn.Module]:
+    """Return the linear layers of a Hugging Face model outside its `base_model`, if it has no language-model head.
 
-    That is the language-model head; a model without one has as heads the linear layers outside its `base_model`.
+    They are what a classifier puts on top, and start at random unless the checkpoint held them.
     """
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    if isinstance(head, nn.Module):
-        return [head]
     base = getattr(model, "base_model", None)
-    if not isinstance(base, nn.Module) or base is model:
+    if not isinstance(base, nn.Module) or base is model or (callable(find) and find() is not None):
         return []
     inside = {id(module) for module in base.modules()}
     return [module for module in model.modules() if is_linear(module) and id(module) not in inside]

@@ -63,13 +63,13 @@ class TrainedBias(AdapterLayer):
 
     def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
         super().__init__(base, adapter_name=adapter_name)
-        bare = bare_module(base)
+        bare: Any = bare_module(base)
         if not adds_bias_last(bare):
             raise TypeError(
                 f"cannot train the bias of a {type(bare).__name__}: name the module in train_modules instead"
             )
-        self.trained_bias = nn.Parameter(bare.bias.detach().clone())  # type: ignore[union-attr, operator]
-        self.register_buffer("original", bare.bias.detach().clone(), persistent=False)  # type: ignore[union-attr, operator]
+        self.trained_bias = nn.Parameter(bare.bias.detach().clone())
+        self.register_buffer("original", bare.bias.detach().clone(), persistent=False)
 
     @property
     def weight(self) -> Any:

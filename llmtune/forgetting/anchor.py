@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.layer import AdapterLayer
 from llmtune.forgetting.effective import EffectiveParameter
 from llmtune.forgetting.quadratic import Factors
 
@@ -73,19 +72,18 @@ class Anchor:
         self, name: str, *, copy: Tensor | None = None, pin: Pin | None = None, factors: tuple[Factors, ...] = ()
     ) -> None:
         self.name, self.factors = name, factors
-        self.base: Tensor | Pin = pin if copy is None and pin is not None else copy
+        self.base: Tensor | Pin = pin if copy is None else copy  # type: ignore[assignment]
         self._mark: str | None = None
         self._compared = False
 
     @classmethod
     def of(cls, entry: EffectiveParameter) -> Anchor:
         """Return the anchor at the entry's present value."""
-        changes = entry.changing()
-        if entry.parameter.requires_grad or any(delta is not None for _, delta in changes):
+        if entry.parameter.requires_grad or entry.dense():
             return cls(entry.name, copy=entry.value().detach().clone())
-        added = (low_rank_of(layer) for layer, _ in changes)
-        factors = ((left.detach().clone(), right.detach().clone(), s) for left, right, s in added)
-        return cls(entry.name, pin=Pin.at(entry.parameter), factors=tuple(f for f in factors if all(t.any() for t in f[:2])))
+        added = [(left.detach().clone(), right.detach().clone(), scaling) for left, right, scaling in entry.factors()]
+        nonzero = tuple(factors for factors in added if bool(factors[0].any()) and bool(factors[1].any()))
+        return cls(entry.name, pin=Pin.at(entry.parameter), factors=nonzero)
 
     @property
     def shape(self) -> torch.Size:
@@ -127,9 +125,3 @@ class Anchor:
         self.base = parameter.detach().clone()  # it will be trained: from now on the value needs a tensor of its own
         return self.base
 
-
-def low_rank_of(layer: AdapterLayer) -> Factors:
-    """Return the (left, right, scaling) of a layer that has such a form."""
-    factors = layer.low_rank()
-    assert factors is not None
-    return factors

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
+from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
+
+Choice = Collection[str] | Callable[[str], bool] | None
 
 
 @dataclass(frozen=True)
 class EffectiveParameter:
-    """One parameter of the bare model and what active adapters add to it.
+    """One parameter of the bare model and what its active adapters make of it: `parameter` plus the layers' deltas.
 
     Attributes:
         name: its bare name.
-        parameter: the bare model's own tensor.
+        parameter: the bare model's own tensor; or the copy that an adapter trains and uses in its place.
         local: its name in its module.
-        layers: the active adapter layers at its place, outermost first; those without a delta for it included.
-        tied: the name of another place where the same tensor stands and only one of the two is adapted, or None.
+        layers: the adapter layers that add to it.
+        tied: the name of another place where the same tensor stands with other layers, or None.
     """
 
     name: str
@@ -30,54 +36,63 @@ class EffectiveParameter:
     layers: tuple[AdapterLayer, ...] = ()
     tied: str | None = None
 
-    def changing(self) -> list[tuple[AdapterLayer, Tensor | None]]:
-        """Return the active layers that add to it: (layer, None) where the sum is `low_rank`, else (layer, its delta)."""
-        found: list[tuple[AdapterLayer, Tensor | None]] = []
+    def factors(self) -> list[tuple[Tensor, Tensor, float]]:
+        """Return (left [rows, r], right [r, columns], scaling) for every layer that adds scaling * left @ right to it."""
+        found = (layer.low_rank() for layer in self.layers if self.local == "weight")
+        return [factors for factors in found if factors is not None]
+
+    def dense(self) -> list[Tensor]:
+        """Return the deltas, of the parameter's shape, of the layers that add something else."""
+        others = (layer for layer in self.layers if self.local != "weight" or layer.low_rank() is None)
+        return [layer.deltas()[self.local] for layer in others]
+
+    def value(self) -> Tensor:
+        """Return the parameter, of its own shape, plus all deltas; the parameter itself where there are none."""
+        total: Tensor = self.parameter
         for layer in self.layers:
-            if self.local == "weight" and layer.low_rank() is not None:
-                found.append((layer, None))
-            elif (delta := layer.deltas().get(self.local)) is not None:
-                found.append((layer, delta))
-        return found
+            total = total + layer.deltas()[self.local]
+        return total
 
     def check(self) -> None:
-        """Raise `ValueError` where an active adapter changes a tied tensor in one of its places only."""
+        """Raise `ValueError` where an adapter changes a tied tensor in one of its places only."""
         if self.tied is not None:
             raise ValueError(
                 f"{self.name} and {self.tied} are one tied tensor, and an active adapter changes it in one place: it has "
                 "no single effective value. Leave it out of the parameters or of the adapter's targets, or untie it"
             )
 
-    def value(self) -> Tensor:
-        """Return the parameter plus all active deltas; the parameter itself where there are none."""
-        total: Tensor = self.parameter
-        for layer, delta in self.changing():
-            total = total + (layer.deltas()[self.local] if delta is None else delta)
-        return total
-
 
 def effective_parameters(model: nn.Module) -> dict[str, EffectiveParameter]:
     """Return every parameter of the bare model by its bare name, tied ones once under their first name.
+
+    A bias that an adapter trains where the bare module has none is not among them.
 
     Args:
         model: any module, with or without adapters and wrappers.
     """
     found: dict[int, EffectiveParameter] = {}
+    copies: dict[str, tuple[nn.Parameter, tuple[AdapterLayer, ...]]] = {}  # bare name: what stands in its place
     for place, module in named_places(unwrap(model)):
-        layers = tuple(layer for layer in adapter_chain(module) if layer.active)
+        adding: list[AdapterLayer] = []
+        for layer in adapter_chain(module):
+            if isinstance(layer, TrainedCopy) and layer.takes_part:  # whatever is further inside does not run
+                for local, copied in layer.copy.named_parameters():
+                    copies.setdefault(_join(place, local), (copied, _changing(adding, local)))
+                break
+            if layer.takes_part:
+                adding.append(layer)
         for local, parameter in bare_module(module)._parameters.items():
             if parameter is None:
                 continue
-            entry = EffectiveParameter(f"{place}.{local}" if place else local, parameter, local, layers)
-            first = found.setdefault(id(parameter), entry)
-            if first is not entry and (first.changing() or entry.changing()):
-                found[id(parameter)] = replace(first, tied=entry.name, layers=first.layers or layers)
+            name = _join(place, local)
+            own, layers = copies.get(name) or (parameter, _changing(adding, local))
+            first = found.setdefault(id(own), EffectiveParameter(name, own, local, layers))
+            if first.name != name and first.layers != layers:
+                found[id(own)] = replace(first, tied=name, layers=first.layers or layers)
     return {entry.name: entry for entry in found.values()}
 
 
-def choose_parameters(
-    model: nn.Module, parameters: Collection[str] | Callable[[str], bool] | None
-) -> Mapping[str, EffectiveParameter]:
+def choose_parameters(model: nn.Module, parameters: Choice) -> Mapping[str, EffectiveParameter]:
     """Return the effective parameters that are meant.
 
     Args:
@@ -92,9 +107,9 @@ def choose_parameters(
     """
     every = effective_parameters(model)
     if parameters is None:
-        chosen = {name: p for name, p in every.items() if p.parameter.requires_grad or p.changing()}
+        chosen = {name: entry for name, entry in every.items() if entry.parameter.requires_grad or entry.layers}
     elif callable(parameters):
-        chosen = {name: p for name, p in every.items() if parameters(name)}
+        chosen = {name: entry for name, entry in every.items() if parameters(name)}
     elif isinstance(parameters, str):
         raise TypeError(f"parameters must be a list of names or a function of a name; got the one string {parameters!r}")
     else:
@@ -103,16 +118,56 @@ def choose_parameters(
                 raise ValueError(f'the bare model has no parameter "{name}".{did_you_mean(name, every)}')
         chosen = {name: every[name] for name in parameters}
     if not chosen:
-        raise ValueError(
-            f"none of the model's {len(every)} parameters is chosen: "
-            + ("none requires a gradient and no active adapter changes one" if parameters is None else "nothing matches")
-        )
+        why = "none requires a gradient and no active adapter changes one" if parameters is None else "nothing matches"
+        raise ValueError(f"none of the model's {len(every)} parameters is chosen: {why}")
     for entry in chosen.values():
         entry.check()
     return chosen
 
 
-def anchor_of(model: nn.Module, names: Collection[str] | Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+@contextmanager
+def differentiable(model: nn.Module, chosen: Mapping[str, EffectiveParameter]) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield, by name, tensors of the model whose gradients are those of the effective parameters.
+
+    Where adapters only add to a parameter (a low-rank change, a trained bias), that is the bare parameter itself: the
+    output depends on it as it does on the sum. Under any other adapter the bare module stands in the adapter's place for
+    the length of the block, with the effective values as its parameters.
+
+    Args:
+        model: the bare module, in eval mode while the block runs.
+        chosen: from `choose_parameters`.
+    """
+    every = effective_parameters(model)
+    tensors = {name: entry.parameter for name, entry in chosen.items()}
+    swapped: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    replaced: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
+    try:
+        for place, module in list(named_places(model)):
+            if all(_only_adds(layer) for layer in adapter_chain(module)):
+                continue
+            bare = bare_module(module)
+            for local, parameter in list(bare._parameters.items()):
+                entry = every.get(_join(place, local))
+                if parameter is None or entry is None:
+                    continue
+                value = nn.Parameter(entry.value().detach().to(parameter.dtype), requires_grad=False)
+                replaced.append((bare._parameters, local, parameter))
+                bare._parameters[local] = value
+                if entry.name in tensors:
+                    tensors[entry.name] = value
+            for parent in model.modules():
+                swapped += [(parent._modules, name, child) for name, child in parent._modules.items() if child is module]
+        for modules, name, module in swapped:
+            modules[name] = bare_module(module)
+        yield tensors
+    finally:
+        for modules, name, module in swapped:
+            modules[name] = module
+        for parameters, local, parameter in replaced:
+            parameters[local] = parameter
+
+
+def anchor_of(model: nn.Module, names: Choice = None) -> dict[str, Tensor]:
     """Return copies of the model's effective parameters as they are now: W, or W + s B A under active adapters.
 
     Args:
@@ -120,11 +175,12 @@ def anchor_of(model: nn.Module, names: Collection[str] | Callable[[str], bool] |
         names: bare names, or a function of a bare name; left out, what is trained or changed by an active adapter.
 
     Returns:
-        Detached copies by bare name, on the parameters' device; in the parameter's dtype where no adapter changes it,
-        else in at least float32.
+        Detached copies by bare name, each of its parameter's shape and on its device; in the parameter's dtype where no
+        adapter changes it, else in at least float32.
 
     Raises:
-        ValueError: a name is not the model's, or nothing is chosen.
+        ValueError: a name is not the model's, nothing is chosen, or a chosen tensor is tied and adapted in one place.
+        TypeError: `names` is one string.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -133,3 +189,24 @@ def anchor_of(model: nn.Module, names: Collection[str] | Callable[[str], bool] |
         (['bias', 'weight'], False)
     """
     return {name: entry.value().detach().clone() for name, entry in choose_parameters(model, names).items()}
+
+
+_delta_names: WeakKeyDictionary[AdapterLayer, frozenset[str]] = WeakKeyDictionary()
+
+
+def _changing(layers: list[AdapterLayer], local: str) -> tuple[AdapterLayer, ...]:
+    """Return those of the layers that change the parameter of that local name."""
+    for layer in layers:
+        if layer not in _delta_names:  # asked once: deltas are as large as the weights
+            with torch.no_grad():
+                _delta_names[layer] = frozenset(layer.deltas())
+    return tuple(layer for layer in layers if local in _delta_names[layer])
+
+
+def _only_adds(layer: AdapterLayer) -> bool:
+    """Return whether the output depends on the layer's base as on the sum of base and change (or on no base at all)."""
+    return not layer.takes_part or layer.low_rank() is not None or isinstance(layer, TrainedBias | TrainedCopy)
+
+
+def _join(place: str, local: str) -> str:
+    return f"{place}.{local}" if place else local

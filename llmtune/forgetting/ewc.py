@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.errors import CheckpointError, did_you_mean
-from llmtune.forgetting.anchor import Anchor, fingerprint, low_rank_of
+from llmtune.forgetting.anchor import Anchor, fingerprint
 from llmtune.forgetting.effective import EffectiveParameter, choose_parameters, effective_parameters
 from llmtune.forgetting.quadratic import low_rank_quadratic, quadratic
 from llmtune.modules import unwrap
@@ -141,19 +141,18 @@ class EWC(Callback):
         fisher = self.fisher[name] = self.fisher[name].to(parameter.device)
         anchor = self.anchors[name]
         target = anchor.against(parameter)
-        changes = entry.changing()
-        dense = [delta for _, delta in changes if delta is not None]
-        factors = [low_rank_of(layer) for layer, delta in changes if delta is None]
         gone = [(left, right, -scaling) for left, right, scaling in anchor.factors]
-        if target is None and not dense:
-            if not factors and not gone:
-                return fisher.new_zeros(())
-            return low_rank_quadratic([*factors, *gone], fisher)
-        if not dense and (factors or gone):
-            return low_rank_quadratic([*factors, *gone], fisher, weight=parameter, anchor=target)
-        base = parameter.detach() if target is None else target
-        theta = entry.value()
-        return quadratic(theta, fisher, base + sum(-s * left @ right for left, right, s in gone) if gone else base)
+        factors, dense = [*entry.factors(), *gone], entry.dense()
+        if dense:
+            base = parameter.detach() if target is None else target
+            for left, right, scaling in anchor.factors:
+                base = base + scaling * left @ right
+            return quadratic(entry.value(), fisher, base)
+        if target is None:
+            return low_rank_quadratic(factors, fisher) if factors else fisher.new_zeros(())
+        if factors:
+            return low_rank_quadratic(factors, fisher, weight=parameter, anchor=target)
+        return quadratic(parameter, fisher, target)
 
 
 def _check_fisher(name: str, value: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from llmtune.forgetting.effective import choose_parameters
+from llmtune.forgetting.effective import choose_parameters, differentiable
 from llmtune.forgetting.likelihood import INPUTS, Kind, Unit, has_head, has_target, head_of, passes, predict
 from llmtune.gradients.examples import split_examples
 from llmtune.gradients.hooks import HookTape
@@ -80,22 +80,9 @@ def diagonal_fisher(
     if isinstance(batches, Mapping | Tensor):
         raise TypeError("batches must be a list, or another iterable, of batches; got a single one")
     inner = unwrap(model)
-    chosen = {name: entry.parameter for name, entry in choose_parameters(inner, parameters).items()}
-    sums = {name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for name, p in chosen.items()}
-    # hooks must see the head run on the whole batch where its weight is chosen (or is tied to one that is)
-    head_chosen = has_head(inner) and bool({id(p) for p in chosen.values()} & set(map(id, head_of(inner).parameters())))
-    count = 0
-    with undisturbed(inner, chosen):
-        engine = ExampleGradients(inner, chosen, method, lambda group: _likelihood(inner, group, head_chosen))
-        for batch in batches:
-            examples = _examples(inner, batch, next(iter(chosen.values())).device)
-            for _, group, tape in engine.groups(examples):
-                with tape:
-                    predictions = predict(inner, group, whole_logits=head_chosen and isinstance(tape, HookTape))
-                for score, weights, more in passes(predictions, kind, unit, generator):
-                    for name, rows, piece in tape.gradients(score, keep=more):
-                        _add_squares(sums[name], piece.float(), None if weights is None else weights[rows].float())
-                count += len(predictions.owner) if unit == "token" else predictions.examples
+    chosen = choose_parameters(inner, parameters)
+    with differentiable(inner, chosen) as tensors, undisturbed(inner, tensors):
+        sums, count = _sums(inner, batches, tensors, kind, unit, method, generator)
     if count == 0:
         raise ValueError("no example has a target: the batches are empty, or all of their labels are -100")
     for name, total in sums.items():
@@ -103,6 +90,37 @@ def diagonal_fisher(
         if not bool(total.isfinite().all()):
             raise ValueError(f"the Fisher information of {name} is not finite: the model gives NaN or overflows")
     return sums
+
+
+def _sums(
+    model: nn.Module,
+    batches: Iterable[Batch | tuple[Tensor, Tensor]],
+    tensors: Mapping[str, nn.Parameter],
+    kind: Kind,
+    unit: Unit,
+    method: Method,
+    generator: torch.Generator | None,
+) -> tuple[dict[str, Tensor], int]:
+    """Return (sums of squared gradients by name, of how many examples or targets)."""
+    # hooks must see the head run on the whole batch where its weight is chosen (or is tied to one that is)
+    head_chosen = has_head(model) and bool(set(map(id, tensors.values())) & set(map(id, head_of(model).parameters())))
+
+    def likelihood(group: Batch) -> Tensor:
+        predictions = predict(model, group, whole_logits=head_chosen)
+        return predictions.log_likelihood(predictions.labels)
+
+    sums = {name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for name, p in tensors.items()}
+    count = 0
+    engine = ExampleGradients(model, tensors, method, likelihood)
+    for batch in batches:
+        for _, group, tape in engine.groups(_examples(model, batch, next(iter(tensors.values())).device)):
+            with tape:
+                predictions = predict(model, group, whole_logits=head_chosen and isinstance(tape, HookTape))
+            for score, weights, more in passes(predictions, kind, unit, generator):
+                for name, rows, piece in tape.gradients(score, keep=more):
+                    _add_squares(sums[name], piece.float(), None if weights is None else weights[rows].float())
+            count += len(predictions.owner) if unit == "token" else predictions.examples
+    return sums, count
 
 
 def _examples(model: nn.Module, batch: Any, device: torch.device) -> list[Batch]:
@@ -113,11 +131,6 @@ def _examples(model: nn.Module, batch: Any, device: torch.device) -> list[Batch]
         raise TypeError(f"a batch must be a dict of tensors or a pair (inputs, targets); got {type(batch).__name__}")
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return [example for example in split_examples(model, moved) if has_target(model, example)]
-
-
-def _likelihood(model: nn.Module, group: Batch, whole_logits: bool) -> Tensor:
-    predictions = predict(model, group, whole_logits=whole_logits)
-    return predictions.log_likelihood(predictions.labels)
 
 
 def _add_squares(total: Tensor, pieces: Tensor, weights: Tensor | None) -> None:

@@ -60,6 +60,24 @@ def _rms_norm_weight(module: Any, a: Tensor, g: Tensor) -> Tensor:
     return _bias(module, a, g * a * torch.rsqrt(a.square().mean(-1, keepdim=True) + eps))
 
 
+def _lora_a(module: Any, a: Tensor, g: Tensor) -> Tensor:
+    pulled = _wide(module.lora_b).T @ g.reshape(g.shape[0], -1, g.shape[-1]).mT * module.scaling  # [n, r, t]
+    if a.is_floating_point():
+        return pulled @ a.reshape(a.shape[0], -1, a.shape[-1])
+    n, V = a.shape[0], module.lora_a.shape[1]
+    return pulled.new_zeros(n, pulled.shape[1], V).scatter_add_(2, a.reshape(n, 1, -1).expand_as(pulled), pulled)
+
+
+def _lora_b(module: Any, a: Tensor, g: Tensor) -> Tensor:
+    lora_a = _wide(module.lora_a)
+    pushed = a @ lora_a.T if a.is_floating_point() else F.embedding(a, lora_a.T)
+    return _linear_weight(module, pushed, g) * module.scaling
+
+
+def _lora_bias(module: Any, a: Tensor, g: Tensor) -> Tensor:
+    return _bias(module, a, g) * module.scaling
+
+
 def _rules(module: nn.Module) -> dict[str, Rule]:
     """Return the rule for each parameter of a module, by the parameter's local name; empty for unknown modules."""
     kind = type(module)
@@ -72,6 +90,9 @@ def _rules(module: nn.Module) -> dict[str, Rule]:
         return {"weight": _layer_norm_weight, "bias": _layer_norm_bias}
     if kind.__name__ == "Conv1D" and hasattr(module, "nf"):
         return {"weight": _conv1d_weight, "bias": _bias}
+    if hasattr(module, "lora_a") and hasattr(module, "lora_b") and isinstance(getattr(module, "scaling", None), float):
+        rules = {"lora_a": _lora_a, "lora_b": _lora_b, "lora_bias": _lora_bias}
+        return rules if getattr(module, "takes_part", True) else {}
     if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and set(module._parameters) == {"weight"}:
         known = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
         return {"weight": _rms_norm_weight} if known else {}

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows
-from llmtune.losses.head import inner_model, model_inputs
+from llmtune.losses.head import model_inputs
+from llmtune.modules import unwrap
 from llmtune.types import Batch
 
 
@@ -50,7 +51,7 @@ class ClassificationLoss:
                 range.
         """
         labels = _labels(batch)
-        problem = getattr(getattr(inner_model(model), "config", None), "problem_type", None)
+        problem = getattr(getattr(unwrap(model), "config", None), "problem_type", None)
         _check_kind(problem, labels)
         logits = at_least_float32(model(**model_inputs(model, batch)).logits)
         if not labels.is_floating_point():

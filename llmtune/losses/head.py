@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.losses.cross_entropy import scaled_and_capped
+from llmtune.modules import unwrap
 from llmtune.types import Batch
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
@@ -86,7 +87,7 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
         ValueError: the model has no head (`get_output_embeddings`), does not call it exactly once, or changes its
             logits in a way that the configuration does not tell.
     """
-    inner = inner_model(model)
+    inner = unwrap(model)
     module = _head_module(inner)
     with _watched(module) as (captured, raw):
         output = model(**model_inputs(model, batch))
@@ -130,18 +131,6 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """Return the model inside `torch.compile` and data-parallel wrappers; the model itself where there are none."""
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = inner.module
-        else:
-            return inner
-
-
 @contextmanager
 def _watched(head: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Let the head see only the first position of what it is given; collect (what it was given, what it made of it)."""
@@ -176,7 +165,7 @@ def _marked(kind: Any) -> Any:
 def _takes(model: nn.Module, name: str) -> bool:
     """Return whether the model's forward takes the keyword, by name or by handing every keyword on to its inner
     model."""
-    inner = inner_model(model)
+    inner = unwrap(model)
     while True:
         parameters = inspect.signature(inner.forward).parameters
         if name in parameters:

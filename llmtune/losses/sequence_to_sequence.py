@@ -10,8 +10,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from llmtune.losses.cross_entropy import CrossEntropy
-from llmtune.losses.head import hidden_before_head, inner_model
+from llmtune.losses.head import hidden_before_head
 from llmtune.losses.token_loss import head_cross_entropy, token_labels
+from llmtune.modules import unwrap
 from llmtune.types import Batch
 
 
@@ -48,7 +49,7 @@ class SequenceToSequenceLoss:
         """
         labels = token_labels(batch)
         if "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch:
-            batch = {**batch, "decoder_input_ids": decoder_inputs(inner_model(model), labels)}
+            batch = {**batch, "decoder_input_ids": decoder_inputs(unwrap(model), labels)}
         hidden, head = hidden_before_head(model, batch)
         return head_cross_entropy(hidden, head, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 

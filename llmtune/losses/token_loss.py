@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtune.losses.chunked import at_least_float32, default_chunk_rows
 from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows, linear_cross_entropy
-from llmtune.losses.head import Head, inner_model
+from llmtune.losses.head import Head
+from llmtune.modules import unwrap
 from llmtune.types import Batch
 
 
@@ -69,7 +70,7 @@ def head_cross_entropy(
 
 def refuse_encoder_decoder(model: nn.Module) -> None:
     """Raise ValueError for an encoder-decoder: given no decoder inputs, some make them up from the encoder's."""
-    inner = inner_model(model)
+    inner = unwrap(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(f"{type(inner).__name__} is an encoder-decoder: use sequence_to_sequence_loss")
 

@@ -1,8 +1,8 @@
 """Two domains of text that every CPython brings along: the prose of its documentation, and its source code.
 
-The old domain is prose: the help topics of `pydoc_data.topics` and the docstrings of the standard library. The new domain
-is the code of the same library, without its docstrings and comments. Both are read from the source files as text; no
-module is imported. A piece of text (a paragraph of prose, a top-level statement of code) occurs once and lies on the
+The old domain is prose: the help topics of `pydoc_data.topics` and the docstrings of the standard library. The new
+domain is the code of the same library, without its docstrings and comments. Both are read from the source files as text;
+no module is imported. A piece of text (a paragraph of prose, a top-level statement of code) occurs once and lies on the
 training or on the held-out side by a hash of the piece itself, so the sides are disjoint, whichever CPython reads them.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Other people's packages, test suites, tables of characters, and bundled programs: neither the library's prose nor its code.
+# Other people's packages, test suites, tables of characters, bundled programs: neither the library's prose nor its code
 LEFT_OUT = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "turtledemo",
      "ensurepip", "__pycache__", "__phello__", "_sysconfigdata", "msilib")
@@ -28,7 +28,9 @@ LEFT_OUT = frozenset(
 TOPICS = "pydoc_data/topics.py"
 HELD_OUT_OF = 10  # one piece in so many is held out
 LEAST_CHARACTERS = 60  # of a paragraph of prose, so that headings and signatures drop out
-LEAST_LETTERS = 0.85  # share of letters, spaces and ordinary punctuation in a paragraph, so that grammars and examples drop out
+LEAST_LETTERS = (
+    0.85  # share of letters, spaces and ordinary punctuation in a paragraph, so that grammars and examples drop out
+)
 
 EXAMPLE = re.compile(r">>>|::=")
 
@@ -88,8 +90,8 @@ def standard_library(root: str | Path | None = None) -> Path:
     for needed in (TOPICS, "argparse.py", "typing.py"):
         if not (folder / needed).is_file():
             raise FileNotFoundError(
-                f"the quickstart reads the Python standard library's source files, and {folder / needed} is not on this "
-                "machine: use a CPython that comes with them (python.org, a Linux distribution's full package, conda, uv)"
+                f"the quickstart reads the source files of the Python standard library, and {folder / needed} is not "
+                "there: use a CPython that comes with them (python.org, a Linux distribution's full package, conda, uv)"
             )
     return folder
 
@@ -106,7 +108,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def statements(source: str) -> list[str]:
-    """Return the top-level statements of a Python file without docstrings and comments; empty where it does not parse."""
+    """Return the top-level statements of a Python file without docstrings and comments; none where it does not parse."""
     tree = _parse(source)
     if tree is None:
         return []
@@ -171,7 +173,9 @@ def _docstrings(path: Path) -> list[str]:
 
 def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
             yield node
 
 

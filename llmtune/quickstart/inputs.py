@@ -57,9 +57,7 @@ def cpython_inputs(tokenizer: Any, *, max_tokens: int, measured: int, fisher: in
     return _with_old_domain(tokenizer, new, held_out, line, measured=measured, fisher=fisher)
 
 
-def row_inputs(
-    tokenizer: Any, data: Path, *, rows: int | None, max_tokens: int, measured: int, fisher: int
-) -> Inputs:
+def row_inputs(tokenizer: Any, data: Path, *, rows: int | None, max_tokens: int, measured: int, fisher: int) -> Inputs:
     """Return a file's rows as the new domain, every eighth of them held out (of fewer than 8, the last); and CPython's
     prose as the old one.
 
@@ -80,7 +78,9 @@ def row_inputs(
     except OSError as error:
         raise ValueError(f"--data must be a file of JSON lines; {data} cannot be read: {error.strerror}") from error
     if len(found) < 2:
-        raise ValueError(f"at least 2 rows are needed, one to learn from and one to measure on; {data} gives {len(found)}")
+        raise ValueError(
+            f"at least 2 rows are needed, one to learn from and one to measure on; {data} gives {len(found)}"
+        )
     held = set(range(HELD_OUT_OF - 1, len(found), HELD_OUT_OF)) or {len(found) - 1}
     train = _packed(tokenizer, [row for i, row in enumerate(found) if i not in held], max_tokens, "to learn from")
     held_out = _packed(tokenizer, [found[i] for i in sorted(held)], max_tokens, "held out")
@@ -91,7 +91,7 @@ def row_inputs(
 
 
 def examples(tokenizer: Any, rows: Sequence[Mapping[str, Any]], *, max_tokens: int) -> list[dict[str, list[int]]]:
-    """Return rows of any of `read_rows`' forms as token ids with labels; plain texts cut into pieces of `max_tokens`."""
+    """Return rows of any of `read_rows`' forms as token ids with labels; plain texts cut to pieces of `max_tokens`."""
     texts = text_examples(tokenizer, [row["text"] for row in rows if "text" in row])
     pieces = [
         {name: ids[start : start + max_tokens] for name, ids in example.items()}
@@ -121,8 +121,9 @@ def _with_old_domain(
     tokenizer: Any, new: PackedDataset, held_out: PackedDataset, line: str, *, measured: int, fisher: int
 ) -> Inputs:
     texts = prose(characters=OLD_CHARACTERS)
+    longest = min(OLD_TOKENS, new.max_tokens)
     old, old_held_out = (
-        pack(text_examples(tokenizer, side), OLD_TOKENS, too_long="split") for side in (texts.train, texts.held_out)
+        pack(text_examples(tokenizer, side), longest, too_long="split") for side in (texts.train, texts.held_out)
     )
     return Inputs(
         new=new,

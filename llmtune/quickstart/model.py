@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +52,23 @@ def check_model_folder(folder: Path) -> None:
     if not known.intersection(kinds):
         came = ", ".join(map(str, kinds)) or "nothing"
         raise ValueError(
-            f"--model must be a causal language model, such as LlamaForCausalLM; {path} names {came} as its architecture"
+            f"--model must be a causal language model (LlamaForCausalLM ...); {path} names {came} as its architecture"
         )
+
+
+def context_length(folder: Path) -> int:
+    """Return the longest text, in tokens, that the model in a folder is made for.
+
+    Raises:
+        ValueError: its configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a damaged file makes the reader raise many kinds of error
+        raise ValueError(f"no configuration can be read from {folder}: {_first_line(error)}") from error
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -65,7 +81,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a damaged or missing file makes the reader raise many kinds of error
+    except Exception as error:  # as above
         raise ValueError(f"no tokenizer can be read from {folder}: {_first_line(error)}") from error
 
 
@@ -78,15 +94,22 @@ def load_model(folder: Path) -> PreTrainedModel:
         ValueError: it cannot be read, or the weight files lack some of its weights.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for each of some ten readings would hide what the job says
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # as above
         raise ValueError(f"no causal language model can be read from {folder}: {_first_line(error)}") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     if report["missing_keys"]:
-        raise ValueError(f"the weight files in {folder} lack {len(report['missing_keys'])} weights: {min(report['missing_keys'])} ...")
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"the weight files in {folder} lack {len(missing)} of the model's weights: {missing[0]} ...")
     if document_leak(model, torch.arange(2)) > 1e-4:
         from llmtune.integrations.transformers_attention import register
 

@@ -1,12 +1,12 @@
 """Train the quickstart's embedded model anew: `python -m llmtune.quickstart.train_embedded`.
 
-A Llama of a million parameters and its tokenizer, a byte-level BPE, learn the prose of the standard library that comes with
-the running CPython (`corpus.prose`, training side). One command, seeded; it prints the loss as it goes and, at the end,
-the perplexity on the held-out side.
+A Llama of a million parameters and its tokenizer, a byte-level BPE, learn the prose of the standard library that comes
+with the running CPython (`corpus.prose`, training side). One command, seeded; it prints the loss as it goes and, at the
+end, the perplexity on the held-out side.
 
-The model in the package was trained on CPython 3.11.7 with the settings below: MINUTES minutes on one core of a shared
-2-core x86 machine. Another CPython has slightly other texts, and another processor other roundings, so that a rebuilt model is
-as good but not the same to the bit.
+The model in the package was trained on CPython 3.11.7 with the settings below, in MINUTES minutes on one core of a
+shared 2-core x86 machine. Another CPython has slightly other texts, and another processor other roundings, so that a
+rebuilt model is as good but not the same to the bit.
 """
 
 from __future__ import annotations
@@ -132,8 +132,12 @@ def train(*, steps: int, seed: int) -> tuple[nn.Module, PreTrainedTokenizerFast,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, save in bfloat16, and print where and how good; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m llmtune.quickstart.train_embedded", description="Train the embedded model.")
-    parser.add_argument("--out", type=Path, default=embedded_model(), help="folder to write into (default: the package's)")
+    parser = argparse.ArgumentParser(
+        prog="python -m llmtune.quickstart.train_embedded", description="Train the embedded model."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=embedded_model(), help="folder to write into (default: the package's)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data order (default: %(default)s)")
     options = parser.parse_args(arguments)

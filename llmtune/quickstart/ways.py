@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from llmtune.adapters.attach import attach
+from llmtune.adapters.config import LoRA
 from llmtune.adapters.files import load, save
-from llmtune.adapters.lora import LoRA
 from llmtune.adapters.merge import merge
+from llmtune.data.packing import PackedDataset
 from llmtune.forgetting.distillation import DistillToBase
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import diagonal_fisher
@@ -64,12 +65,24 @@ class Sizes:
     distill: float
     ewc: float
 
+    def steps_over(self, packs: PackedDataset) -> int:
+        """Return the optimizer steps of a run over these packs."""
+        return self.steps or ceil(len(packs) / self.rows_per_step)
+
 
 EMBEDDED = Sizes(
     max_tokens=256, steps=40, rows_per_step=8, measured=24, fisher=32, rank=16, learning_rate=5e-3, distill=1.0, ewc=1.0
 )
 OWN = Sizes(
-    max_tokens=1024, steps=None, rows_per_step=1, measured=12, fisher=12, rank=16, learning_rate=2e-4, distill=1.0, ewc=1.0
+    max_tokens=1024,
+    steps=None,
+    rows_per_step=1,
+    measured=12,
+    fisher=12,
+    rank=16,
+    learning_rate=2e-4,
+    distill=1.0,
+    ewc=1.0,
 )
 
 
@@ -106,7 +119,15 @@ def measure(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
 
 
 def run_way(
-    way: str, folder: Path, inputs: Inputs, sizes: Sizes, *, before: tuple[float, float], seed: int, out: Path, bar: bool
+    way: str,
+    folder: Path,
+    inputs: Inputs,
+    sizes: Sizes,
+    *,
+    before: tuple[float, float],
+    seed: int,
+    out: Path,
+    bar: bool,
 ) -> Result:
     """Tune the model in `folder` in one way, measure it, and save and check its adapter.
 
@@ -128,11 +149,11 @@ def run_way(
     model = load_model(folder)
     torch.manual_seed(seed)
     loss, penalties = prepare(way, model, inputs, sizes)
-    steps = sizes.steps or ceil(len(inputs.new) / sizes.rows_per_step)
+    steps = sizes.steps_over(inputs.new)
     settings = LoopSettings(
         max_steps=steps, rows_per_step=sizes.rows_per_step, rows_per_micro_batch=min(sizes.rows_per_step, 2),
-        learning_rate=sizes.learning_rate / (10 if way == "full" else 1), schedule="cosine", warmup_steps=min(4, steps // 4),
-        seed=seed, progress=bar,
+        learning_rate=sizes.learning_rate / (10 if way == "full" else 1), schedule="cosine",
+        warmup_steps=min(4, steps // 4), seed=seed, progress=bar,
     )  # fmt: skip
     history = TrainingLoop(model, inputs.new, settings=settings, loss=loss, penalties=penalties).fit()
     seconds, peak = time.perf_counter() - began, read_peak()

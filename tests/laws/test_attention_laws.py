@@ -43,13 +43,13 @@ def test_every_mask_keeps_its_word(mask):
 
 
 def tiny(name, attention):
-    """Architectures without a builder of their own in `llmtune.testing.models`; all that differs is what matters here."""
+    """Decoders that `llmtune.testing.models` does not build."""
     import transformers as hf
 
-    sizes = dict(
-        vocab_size=97, hidden_size=28, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=14, max_position_embeddings=128, pad_token_id=2,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 97, "hidden_size": 28, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 14, "max_position_embeddings": 128, "pad_token_id": 2,
+    }  # fmt: skip
     config, make = {
         "qwen3": (lambda: hf.Qwen3Config(**sizes), hf.Qwen3ForCausalLM),
         "mistral": (lambda: hf.MistralConfig(**sizes, sliding_window=None), hf.MistralForCausalLM),

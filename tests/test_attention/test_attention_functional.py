@@ -86,16 +86,20 @@ def test_the_backends_have_names():
 
 def test_the_choice_is_told_with_its_reason():
     assert choose_backend(QUERY, KEY, KEY, mask=Causal()).name == "sdpa"
-    assert choose_backend(QUERY, KEY, KEY, softcap=30.0) == BackendChoice(
-        "reference", "sdpa cannot take softcap=30.0"
-    )
+    assert choose_backend(QUERY, KEY, KEY, softcap=30.0) == BackendChoice("reference", "sdpa cannot take softcap=30.0")
     with pytest.raises(ValueError, match="got 4 and 3"):
         choose_backend(QUERY, zeros(2, 3, 7, 5), zeros(2, 3, 7, 5))
 
 
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"softcap": 2.0}, {"sinks": zeros(4)}, {"dropout_p": 0.5, "generator": torch.Generator()}, {"bias": zeros(3, 7)}],
+    [
+        {},
+        {"softcap": 2.0},
+        {"sinks": zeros(4)},
+        {"dropout_p": 0.5, "generator": torch.Generator()},
+        {"bias": zeros(3, 7)},
+    ],
 )
 @pytest.mark.parametrize("lse", [False, True])
 def test_auto_takes_every_case(knobs, lse):

@@ -42,11 +42,8 @@ def test_best_fit_decreasing_is_what_it_says() -> None:
         assert sorted(item for members in bins for item in members) == list(range(len(sizes)))
         assert all(sum(sizes[i] for i in members) <= capacity for members in bins)
         expected = brute_force_best_fit(sizes, capacity)
-        assert len(bins) == len(expected)
-        # among rows of equal room either may be taken, so the rows are compared by what they hold
-        assert sorted(sorted(sizes[i] for i in m) for m in bins) == sorted(
-            sorted(sizes[i] for i in m) for m in expected
-        )
+        # of two rows with equal room either may be taken: what is filled stays the same, who stands where does not
+        assert sorted(sum(sizes[i] for i in m) for m in bins) == sorted(sum(sizes[i] for i in m) for m in expected)
         assert bins == best_fit_decreasing(sizes, capacity)
 
 
@@ -94,7 +91,9 @@ def test_the_representation_tells_how_full() -> None:
 
 def test_documents_that_are_too_long() -> None:
     data = documents([3, 11, 2])
-    with pytest.raises(ValueError, match=r"row 1 has 11 tokens, more than max_tokens=4: pass .* \"split\" .* \"drop\""):
+    with pytest.raises(
+        ValueError, match=r"row 1 has 11 tokens, more than max_tokens=4: pass .* too_long=.split. .* too_long=.drop."
+    ):
         pack(data, 4)
     dropped = pack(data, 4, too_long="drop")
     assert (dropped.documents, dropped.dropped, sum(dropped.lengths)) == (2, 1, 5)

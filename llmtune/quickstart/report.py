@@ -1,0 +1,97 @@
+"""What a quickstart shows and writes: one table, two plots, a history for each way."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from llmtune.quickstart.ways import WAYS, Result
+
+HEAD = (
+    "way", "new: before", "new: after", "old: before", "old: after", "trainable parameters", "seconds", "peak MiB",
+)  # fmt: skip
+COLORS = {"full": "C3", "lora": "C0", "distill": "C2", "ewc": "C1"}
+STYLES = {"full": "-", "lora": "-", "distill": "--", "ewc": ":"}
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the results as a table of plain text, perplexities of the held-out texts in the first four columns."""
+    lines = [HEAD, *(_cells(result) for result in results)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+
+    def shown(line: Sequence[str]) -> str:
+        return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+
+    return "\n".join([shown(lines[0]), "  ".join("-" * width for width in widths), *map(shown, lines[1:])])
+
+
+def write_files(results: Sequence[Result], out: Path) -> list[str]:
+    """Write the table and each way's history as CSV and, where matplotlib is installed, the plots as PNG.
+
+    Args:
+        results: one for each way.
+        out: an existing folder.
+
+    Returns:
+        A line for each thing written, or that could not be.
+    """
+    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(HEAD)
+        for r in results:
+            writer.writerow([WAYS[r.way], *r.new, *r.old, r.trained, round(r.seconds, 2), round(r.peak / 2**20, 1)])
+    histories = [r.history.to_csv(out / f"history-{r.way}.csv") for r in results]
+    lines = [f"table:    {out / 'table.csv'}", f"history:  {', '.join(map(str, histories))}"]
+    if find_spec("matplotlib") is None:
+        lines.append('plots:    none, because matplotlib is not installed (pip install "llmtune[plot]")')
+    else:
+        lines.append(f"plots:    {_plot_learning(results, out)}, {_plot_forgetting(results, out)}")
+    adapters = [f"{r.adapter} ({r.checked})" for r in results if r.adapter is not None]
+    return [*lines, *(f"adapter:  {adapter}" for adapter in adapters)]
+
+
+def _cells(r: Result) -> tuple[str, ...]:
+    perplexities = (f"{value:,.2f}" for value in (*r.new, *r.old))
+    return (WAYS[r.way], *perplexities, f"{r.trained:,}", f"{r.seconds:.1f}", f"{r.peak / 2**20:,.0f}")
+
+
+def _plot_learning(results: Sequence[Result], out: Path) -> Path:
+    """Draw the loss on the new domain over the steps, without what DistillToBase and EWC add to it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for r in results:
+        losses = r.history.column("task_loss" if "task_loss" in r.history.names() else "loss")
+        axes.plot(range(1, len(losses) + 1), losses, STYLES[r.way], color=COLORS[r.way], label=WAYS[r.way],
+                  marker="o" if len(losses) == 1 else None)  # fmt: skip
+    axes.set(title="Learning the new domain", xlabel="optimizer step", ylabel="training loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _saved(figure, out / "learning.png")
+
+
+def _plot_forgetting(results: Sequence[Result], out: Path) -> Path:
+    """Draw the perplexities of both domains before and after each way, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, domain, pairs in zip(
+        figure.subplots(1, 2), ("New domain: learned", "Old domain: forgotten"),
+        ([r.new for r in results], [r.old for r in results]), strict=True,
+    ):  # fmt: skip
+        names = [WAYS[r.way].replace(" + ", "\n+ ").replace("full ", "full\n") for r in results]
+        bars = axes.bar(names, [after for _, after in pairs], color=[COLORS[r.way] for r in results], width=0.6)
+        axes.bar_label(bars, [f"{after:.1f}" for _, after in pairs])
+        axes.axhline(pairs[0][0], color="black", linestyle="--", label=f"before tuning: {pairs[0][0]:.1f}")
+        axes.set(title=domain, ylabel="held-out perplexity (lower is better)")
+        axes.set_ylim(0, 1.25 * max(max(pair) for pair in pairs))
+        axes.legend(loc="upper right")
+    return _saved(figure, out / "forgetting.png")
+
+
+def _saved(figure: object, path: Path) -> Path:
+    figure.savefig(path, dpi=130)  # type: ignore[attr-defined]
+    return path

@@ -1,0 +1,327 @@
+"""Every law of attention's family catches the fault it is there for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llmtune.attention import Causal, Documents, Mask, Padding, scaled_dot_product_attention
+from llmtune.errors import LawBroken
+from llmtune.integrations import register
+from llmtune.testing.attention import check_attention
+from llmtune.testing.invariance import check_causal, check_packing_invariant, check_padding_invariant
+from llmtune.testing.masks import check_mask
+from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+register()
+
+
+def right(query, key, value, *, mask=None):
+    return scaled_dot_product_attention(query, key, value, mask=mask)
+
+
+def table_of(query, key, mask):
+    """[B, H, T, S] booleans."""
+    (B, H, T, _), S = query.shape, key.shape[2]
+    table = torch.ones(T, S, dtype=torch.bool) if mask is None else mask.dense(T, S)
+    return table.expand(B, H, T, S)
+
+
+def with_table(query, key, value, table, *, empty=0.0, scale=None):
+    """Attention by hand under a table of booleans."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~table, float("-inf")).softmax(dim=-1)
+    return weights.masked_fill(~table.any(dim=-1, keepdim=True), empty) @ value
+
+
+def ignores_the_mask(query, key, value, *, mask=None):
+    return right(query, key, value)
+
+
+def aligns_causal_to_the_first_key(query, key, value, *, mask=None):
+    mask = Causal(0) if isinstance(mask, Causal) and mask.offset is None else mask
+    return right(query, key, value, mask=mask)
+
+
+def sees_one_key_too_many(query, key, value, *, mask=None):
+    table = table_of(query, key, mask)
+    return with_table(query, key, value, table | F.pad(table, (1, 0))[..., :-1])
+
+
+def sees_one_key_too_few(query, key, value, *, mask=None):
+    table = table_of(query, key, mask).clone()
+    if mask is not None and table.shape[-1] > 3:
+        table[..., 3] &= ~table[..., 4:].any(dim=-1)  # key 3 is hidden from queries that see later ones
+    return with_table(query, key, value, table)
+
+
+def gives_nan_on_empty_rows(query, key, value, *, mask=None):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).masked_fill(
+        ~table_of(query, key, mask), float("-inf")
+    )
+    return scores.softmax(dim=-1) @ value
+
+
+def gives_the_mean_on_empty_rows(query, key, value, *, mask=None):
+    return with_table(query, key, value, table_of(query, key, mask), empty=1 / key.shape[2])
+
+
+def zeroes_nan_after_the_fact(query, key, value, *, mask=None):
+    return gives_nan_on_empty_rows(query, key, value, mask=mask).nan_to_num(0.0)  # its gradient is NaN still
+
+
+def interleaves_grouped_heads(query, key, value, *, mask=None):
+    groups = query.shape[1] // key.shape[1]
+    return right(query, key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1), mask=mask)
+
+
+def forgets_the_gradient_of_the_keys(query, key, value, *, mask=None):
+    return right(query, key.detach(), value, mask=mask)
+
+
+def carries_no_gradient(query, key, value, *, mask=None):
+    return right(query, key, value, mask=mask).detach()
+
+
+def scales_by_the_head_size(query, key, value, *, mask=None):
+    return with_table(query, key, value, table_of(query, key, mask), scale=1 / query.shape[-1])
+
+
+def scales_the_query_in_place(query, key, value, *, mask=None):
+    out = right(query, key, value, mask=mask)
+    query.data.mul_(0.5)
+    return out
+
+
+def takes_the_first_rows_mask_for_all(query, key, value, *, mask=None):
+    table = table_of(query, key, mask)
+    return with_table(query, key, value, table[:1].expand_as(table))
+
+
+def rounds_float64(query, key, value, *, mask=None):
+    return right(query.float(), key.float(), value.float(), mask=mask).to(query.dtype)
+
+
+def answers_in_float32(query, key, value, *, mask=None):
+    return right(query.float(), key.float(), value.float(), mask=mask)
+
+
+def rounds_the_weights(query, key, value, *, mask=None):
+    """What a kernel loses that keeps scores and weights in bfloat16, beyond torch's that keeps them in float32."""
+    if query.dtype != torch.bfloat16:
+        return right(query, key, value, mask=mask)
+    noisy = (query.float() * 64).to(torch.float8_e4m3fn).float().div(64).to(query.dtype)
+    return right(query + (noisy - query).detach(), key, value, mask=mask)
+
+
+def reads_memory_instead_of_strides(query, key, value, *, mask=None):
+    flat = torch.as_strided(query, (query.numel(),), (1,)).view(query.shape) if query.storage_offset() == 0 else query
+    return right(flat, key, value, mask=mask)
+
+
+def mixes_up_the_batch(query, key, value, *, mask=None):
+    return right(query, key, value.roll(1, dims=0), mask=mask)
+
+
+def ignores_the_mask_for_one_query(query, key, value, *, mask=None):
+    return right(query, key, value, mask=mask if query.shape[2] > 1 else None)
+
+
+def answers_wrongly_for_one_query(query, key, value, *, mask=None):
+    return right(query, key, value, mask=Causal(0) if query.shape[2] == 1 and key.shape[2] > 1 else mask)
+
+
+def leaks_across_documents(query, key, value, *, mask=None):
+    parts = getattr(mask, "parts", ())
+    return right(query, key, value, mask=Causal() if any(isinstance(part, Documents) for part in parts) else mask)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        (ignores_the_mask, "no future token is seen"),
+        (aligns_causal_to_the_first_key, "a single query is the last"),
+        (sees_one_key_too_many, "no future token is seen"),
+        (sees_one_key_too_few, "equal to the formula"),
+        (gives_nan_on_empty_rows, "a query without keys gives 0"),
+        (gives_the_mean_on_empty_rows, "a query without keys gives 0"),
+        (zeroes_nan_after_the_fact, "a query without keys gives 0"),
+        (interleaves_grouped_heads, "grouped heads equal repeated heads"),
+        (forgets_the_gradient_of_the_keys, "equal to the formula.*gradient of key"),
+        (carries_no_gradient, "differentiable"),
+        (scales_by_the_head_size, r'equal to the formula" \(no mask'),
+        (scales_the_query_in_place, "inputs left alone.*written into query"),
+        (takes_the_first_rows_mask_for_all, "packed, padded and single|permuting|without keys"),
+        (rounds_float64, r"equal to the formula.*\(no mask.*float64"),
+        (answers_in_float32, "shape and dtype"),
+        (rounds_the_weights, "as exact as torch in a narrow dtype"),
+        (reads_memory_instead_of_strides, "any strides"),
+        (mixes_up_the_batch, r'equal to the formula" \(no mask'),
+        (ignores_the_mask_for_one_query, r'equal to the formula" \(a single query'),
+        (answers_wrongly_for_one_query, "a single query is the last|packed"),
+        (leaks_across_documents, "packed, padded and single documents agree.*packed"),
+    ],
+)
+def test_attention_that_is_wrong_breaks_a_law(fault, law):
+    with pytest.raises(LawBroken, match=law):
+        check_attention(fault)
+
+
+def test_attention_of_a_wrong_shape_or_kind_breaks_a_law():
+    with pytest.raises(LawBroken, match=r"expected \(2, 6, 7, 13\)"):
+        check_attention(lambda q, k, v, *, mask=None: right(q, k, v, mask=mask).transpose(1, 2))
+    with pytest.raises(LawBroken, match="expected a tensor, got tuple"):
+        check_attention(lambda q, k, v, *, mask=None: (right(q, k, v, mask=mask), None))
+
+
+def test_attention_may_be_checked_in_fewer_dtypes():
+    check_attention(rounds_float64, dtypes=[torch.float32, torch.bfloat16])
+
+
+class ReturnsNumbers(Mask):
+    def dense(self, T, S, *, device=None):
+        return torch.ones(T, S, device=device)
+
+
+class ReturnsOneRow(Mask):
+    def dense(self, T, S, *, device=None):
+        return torch.ones(1, S, dtype=torch.bool, device=device)
+
+
+class ChangesItsMind(Mask):
+    def dense(self, T, S, *, device=None):
+        return torch.rand(T, S, device=device) > 0.5
+
+
+class JoinsByUnion(Causal):
+    def __and__(self, other):
+        class Union(Mask):
+            def dense(_, T, S, *, device=None):
+                return self.dense(T, S, device=device) | other.dense(T, S, device=device)
+
+        return Union()
+
+
+class AddsSomethingElse(Causal):
+    def additive(self, T, S, *, dtype, device):
+        return Causal(0).additive(T, S, dtype=dtype, device=device)
+
+
+class HidesEmptyRows(Padding):
+    def additive(self, T, S, *, dtype, device):
+        return super().additive(T, S, dtype=dtype, device=device)[0], None
+
+
+class IsTakenForAnother(Causal):
+    """Its table is not what its class and offset say, and a backend that reads those believes them."""
+
+    def dense(self, T, S, *, device=None):
+        return super().dense(T, S, device=device).flip(0)
+
+
+class TakesAnySize(Padding):
+    def check(self, *, B, H, T, S, device):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("mask", "law"),
+    [
+        (ReturnsNumbers(), "dense.* is a boolean table.*float32"),
+        (ReturnsOneRow(), r"dense.* is a boolean table.*\(1, 11\)"),
+        (ChangesItsMind(), "dense.* is a boolean table.*second call"),
+        (JoinsByUnion(), "& is the intersection"),
+        (AddsSomethingElse(), "additive"),
+        (HidesEmptyRows([3, 0]), "additive.*wrong about which queries have a key"),
+        (IsTakenForAnother(0), "attention under the mask is attention under its table"),
+        (TakesAnySize([3, 0]), "other sizes raise ValueError.*B=3 went through"),
+    ],
+)
+def test_a_mask_that_breaks_its_word_is_caught(mask, law):
+    with pytest.raises(LawBroken, match=law):
+        check_mask(mask)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda x: x.flip(1).cumsum(dim=1).flip(1),
+        lambda x: x - x.mean(dim=1, keepdim=True),
+        lambda x: torch.cat([x[:, 1:], x[:, :1]], dim=1),  # one step ahead
+        lambda x: x / x.abs().amax(),  # a scale from the whole sequence
+        lambda x: x.sum(dim=-1).cumsum(1) + x[:, -1].sum(-1)[:, None] * 1e-5,
+    ],
+)
+def test_a_layer_that_looks_ahead_is_caught(fault):
+    with pytest.raises(LawBroken, match='law "causal": other inputs after position'):
+        check_causal(fault)
+    check_causal(lambda x: x.cumsum(dim=1))
+
+
+def test_a_model_that_looks_ahead_is_caught_by_its_token_ids():
+    ids = torch.arange(3, 17).view(2, 7)
+    with pytest.raises(LawBroken, match="after position 0 changed the output at position 0"):
+        check_causal(lambda x: tiny_bert()(input_ids=x).logits, ids)
+    check_causal(lambda x: tiny_gpt2()(input_ids=x).logits, ids)
+
+
+def test_a_layer_that_cannot_be_checked_says_why():
+    with pytest.raises(LawBroken, match=r"two calls on the same inputs differ; switch dropout off"):
+        check_causal(nn.Dropout(0.5))
+    with pytest.raises(LawBroken, match="the output has NaN"):
+        check_causal(lambda x: x * float("nan"))
+    with pytest.raises(ValueError, match="at least 2 positions"):
+        check_causal(lambda x: x, torch.zeros(2, 1, 3))
+    with pytest.raises(ValueError, match="two different token ids"):
+        check_causal(lambda x: x, torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"fn must return a tensor \[B, T, ...\]"):
+        check_causal(lambda x: x.sum(dim=1))
+
+
+def test_causality_is_checked_on_inputs_that_fit_the_module():
+    check_causal(nn.Linear(13, 5))
+    check_causal(nn.LayerNorm(17).double())
+    with pytest.raises(LawBroken, match="causal"):
+        check_causal(nn.Sequential(nn.Linear(13, 13), nn.Softmax(dim=1)))
+
+
+def test_a_model_whose_documents_see_each_other_is_caught():
+    with pytest.raises(LawBroken, match=r'"packed equals alone" \(BertForMaskedLM.*"sdpa"\): document 0'):
+        check_packing_invariant(tiny_bert())  # transformers' encoders know nothing of packing
+    with pytest.raises(LawBroken, match='"packed equals alone"'):
+        check_packing_invariant(broken(tiny_llama))
+
+
+def test_a_model_that_attends_to_padding_is_caught():
+    for make in (tiny_llama, tiny_bert, tiny_t5):
+        with pytest.raises(LawBroken, match='"padded equals alone"'):
+            check_padding_invariant(broken(make))
+
+
+def test_what_cannot_be_packed_or_padded_says_why():
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder, so its documents cannot"):
+        check_packing_invariant(tiny_t5())
+    with pytest.raises(ValueError, match=r'sides must be of "right" and "left", got \[\'top\'\]'):
+        check_padding_invariant(tiny_llama(), sides=["top"])
+
+
+def test_the_checks_leave_a_model_in_its_mode():
+    model = tiny_bert(attention="llmtune", dropout=0.5).train()
+    model.bert.encoder.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    check_packing_invariant(model)
+    check_padding_invariant(model)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def broken(make):
+    """A model with an attention function that was registered without its mask function."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("without_a_mask", sdpa_attention_forward)
+    return make(attention="without_a_mask")
