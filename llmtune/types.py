@@ -18,6 +18,18 @@ LossResult = Tensor | tuple[Tensor, Mapping[str, Any]]
 """A mean loss (a scalar), or that and named parts to log (scalars: tensors or numbers)."""
 
 
+class Rows(Protocol):
+    """Rows of data by number: a list of dicts, what `pack` gives, any map-style data set."""
+
+    def __len__(self) -> int:
+        """Return how many rows there are."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        """Return one row: names to lists, tensors or numbers."""
+        ...
+
+
 @runtime_checkable
 class LossFunction(Protocol):
     """The loss of a batch: an ordinary mean over `count_targets(batch)` targets."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers, detach, record_of
-from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
+from llmtune.adapters.layer import AdapterLayer, bare_module, bare_named_parameters, named_places
 from llmtune.adapters.report import MergeReport
 from llmtune.modules import unwrap
 
@@ -52,6 +52,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
             f"{names[shared[0]]} shares its storage with another parameter (tied weights), which would change too: "
             "pass untie=True to give it storage of its own"
         )
+    first_names = {parameter: bare for bare, parameter in bare_named_parameters(model)}
     kept: dict[Place, tuple[nn.Parameter, Tensor | None]] = {}
     rounding = 0.0
     for place in list(changes):
@@ -59,6 +60,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
         kept[place] = (parameter, parameter.detach().cpu().clone() if keep_base else None)
         if place in shared:
             _set(place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
+            record.requires_grad.setdefault(names[place], record.requires_grad[first_names[parameter]])
         exact = merged()
         _parameter(place).copy_(exact)
         rounding = max(rounding, float((_parameter(place).to(exact.dtype) - exact).abs().max()))

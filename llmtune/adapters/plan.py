@@ -67,6 +67,7 @@ def plan_lora(model: nn.Module, config: LoRA, name: str) -> Plan:
     plan.copied = list(dict.fromkeys(place for found in copied.values() for place in found))
     for place in (*plan.adapted, *plan.copied):
         _check_free(place, places[place], plan, trains_whole=place in plan.copied)
+    _check_ties(places, plan.adapted)
     check_patterns_used(config.rank_pattern, plan.adapted, what="rank_pattern")
     check_patterns_used(config.alpha_pattern, plan.adapted, what="alpha_pattern")
     if config.train_bias != "none":
@@ -177,6 +178,21 @@ def _check_free(place: str, module: nn.Module, plan: Plan, *, trains_whole: bool
         )
     if not trains_whole and _inside(place, plan.copied):
         raise ValueError(f"{place} is named both in targets and in train_modules: exclude it from one of them")
+
+
+def _check_ties(places: Mapping[str, nn.Module], adapted: list[str]) -> None:
+    """An embedding may hang in a model under several names and be called under one of them only, as T5's does."""
+    weights: dict[int, list[str]] = {}
+    for place, module in places.items():
+        if isinstance(bare_module(module), nn.Embedding):
+            weights.setdefault(id(bare_module(module).weight), []).append(place)
+    for tied in weights.values():
+        named = [place for place in tied if place in adapted]
+        if len(tied) > 1 and len(named) == 1:
+            raise ValueError(
+                f"{named[0]} shares its weight with {', '.join(p for p in tied if p not in named)}, and the model "
+                "may call only those: target those too"
+            )
 
 
 def _inside(place: str, outer: list[str]) -> bool:

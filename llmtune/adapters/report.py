@@ -61,9 +61,8 @@ class AttachReport(_Shown):
         if self.biases:
             lines.append(f"trained biases: {len(self.biases)}")
         if self.heads:
-            lines.append(
-                f"frozen output head: {', '.join(self.heads)} (if it starts at random, name it in train_modules)"
-            )
+            heads = ", ".join(self.heads)
+            lines.append(f"frozen: {heads}; a head that starts at random must be named in train_modules")
         return "\n".join([*lines, self.summary])
 
 

@@ -34,6 +34,9 @@ class MaskedLMCollator:
         probability: share of the tokens to choose, above 0 and below 1.
         seed: of the draw.
 
+    Raises:
+        ValueError: the probability is out of range, or all tokens are special.
+
     Example:
         >>> collate = MaskedLMCollator(mask_token_id=3, vocab_size=50, special_ids=(0, 1, 2, 3))
         >>> batch = collate([{"input_ids": [1, 7, 8, 9, 2]}])

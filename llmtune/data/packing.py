@@ -75,6 +75,13 @@ def pack(
 class PackedDataset:
     """Rows of packed documents, made by `pack`: `len`, indexing, and iteration.
 
+    A row is {"input_ids", "labels", "position_ids"}, each [n] int64 with n <= max_tokens.
+
+    Args:
+        pieces: the documents, pairs of ids and labels [n], none longer than max_tokens.
+        max_tokens: the longest a row may be.
+        dropped: how many documents were left out as too long.
+
     Attributes:
         lengths: the number of tokens in each row.
         max_tokens: the longest a row may be.

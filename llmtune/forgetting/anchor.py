@@ -94,11 +94,14 @@ class Anchor:
         """Return a checksum of the value as it was given, whatever has become of the copy since."""
         if self._mark is None:
             base = self.base.mark if isinstance(self.base, Pin) else fingerprint(self.base)
-            self._mark = "+".join([base, *(f"{s}*{fingerprint(left)}@{fingerprint(right)}" for left, right, s in self.factors)])
+            self._mark = "+".join(
+                [base, *(f"{s}*{fingerprint(left)}@{fingerprint(right)}" for left, right, s in self.factors)]
+            )
         return self._mark
 
     def against(self, parameter: nn.Parameter) -> Tensor | None:
-        """Return the value to subtract from the bare parameter; None where the two are equal and the parameter is frozen.
+        """Return the value to subtract from the bare parameter; None where the two are equal and the parameter is
+        frozen.
 
         Raises:
             ValueError: the parameter stood for its own copy and has changed since.
@@ -116,12 +119,11 @@ class Anchor:
             self.base = Pin.at(parameter)
         elif not self.base.holds(parameter):
             raise ValueError(
-                f"{self.name} was frozen and stood for its own anchor, but has changed since (merged, or trained?): undo "
-                "that, or make a new EWC with the anchor as tensors"
+                f"{self.name} was frozen and stood for its own anchor, but has changed since (merged, or trained?): "
+                "undo that, or make a new EWC with the anchor as tensors"
             )
         if not parameter.requires_grad:
             return None
         self.mark()
         self.base = parameter.detach().clone()  # it will be trained: from now on the value needs a tensor of its own
         return self.base
-

@@ -1,4 +1,4 @@
-"""Distillation from the model without its adapters: what is learned may move the predictions no further than it must."""
+"""Distillation from the model without its adapters: learning may move the predictions no further than it must."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class DistillToBase:
     """A loss plus the divergence of the model's predictions from those it makes without its adapters.
 
     loss(model, batch) + strength * temperature^2 * KL(teacher || student), the divergence being a mean over the batch's
-    targets, as the loss is. The teacher is the same model with only the adapters named in `teacher` left on: it needs no
-    second copy of the weights and nothing stored. It runs in eval mode, without gradients, and leaves modes and random
-    state alone. At the start of LoRA (B = 0, no dropout) the divergence and its gradient are exactly 0.
+    targets, as the loss is. The teacher is the same model with only the adapters named in `teacher` left on: it needs
+    no second copy of the weights and nothing stored. It runs in eval mode, without gradients, and leaves modes and
+    random state alone. At the start of LoRA (B = 0, no dropout) the divergence and its gradient are exactly 0.
 
-    A language model's logits are never held: the student's hidden states are taken out of the loss's own forward pass, and
-    the divergence is computed from them a few rows at a time. So a step costs one forward and backward pass of the
+    A language model's logits are never held: the student's hidden states are taken out of the loss's own forward pass,
+    and the divergence is computed from them a few rows at a time. So a step costs one forward and backward pass of the
     student, one forward pass of the teacher, and two multiplications by the head more.
 
     Attributes:
-        loss: what to learn by; it must run the model once. For a classifier `classification_loss`, for an encoder-decoder
-            `sequence_to_sequence_loss`, or your own.
+        loss: what to learn by; it must run the model once. For a classifier `classification_loss`, for an
+            encoder-decoder `sequence_to_sequence_loss`, or your own.
         strength: factor of the divergence, 0 or more.
         temperature: both sides' logits are divided by it, larger than 0 (Hinton et al. 2015, section 2).
         teacher: names of the adapters that stay on in the teacher; none for the bare model.
@@ -76,7 +76,9 @@ class DistillToBase:
         if isinstance(self.teacher, str):
             raise TypeError(f"teacher must be a tuple of adapters' names; got the one string {self.teacher!r}")
         if not callable(getattr(self.loss, "count_targets", None)):
-            raise TypeError(f"the loss needs a count_targets(batch) method, to be a mean over targets; {self.loss!r} has none")
+            raise TypeError(
+                f"the loss needs a count_targets(batch) method, to be a mean over targets; {self.loss!r} has none"
+            )
         object.__setattr__(self, "teacher", tuple(self.teacher))
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -87,13 +89,14 @@ class DistillToBase:
             batch: what the loss takes; "labels" of integers, [B] or [B, T], -100 where there is no target.
 
         Raises:
-            ValueError: the model has no adapter, or none of a name in `teacher`; the labels are no integers; or the loss
-                does not run the model exactly once.
+            ValueError: the model has no adapter, or none of a name in `teacher`; the labels are no integers; or the
+                loss does not run the model exactly once.
         """
         inner = unwrap(model)
         if not adapter_names(inner):
             raise ValueError(
-                "DistillToBase compares a model with itself without its adapters, and this one has none: attach one first"
+                "DistillToBase compares a model with itself without its adapters, and this one has none: "
+                "attach one first"
             )
         labels = batch.get("labels")
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim not in (1, 2):
@@ -180,12 +183,14 @@ class DistillToBase:
         self._check_once(len(seen))
         student = seen[0].logits
         if student.shape[:-1] != labels.shape:
-            raise ValueError(f"labels {[*labels.shape]} do not fit logits {[*student.shape]}: one for each row is needed")
+            raise ValueError(
+                f"labels {[*labels.shape]} do not fit logits {[*student.shape]}: one for each row is needed"
+            )
         return result, kl_divergence(student, teacher, temperature=self.temperature, mask=labels != IGNORED)
 
     def _check_once(self, calls: int) -> None:
         if calls != 1:
             raise ValueError(
-                f"the loss must run the model exactly once, so that its predictions can be compared; {self.loss!r} ran it "
-                f"{calls} times"
+                f"the loss must run the model exactly once, so that its predictions can be compared; {self.loss!r} "
+                f"ran it {calls} times"
             )

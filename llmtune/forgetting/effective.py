@@ -37,7 +37,7 @@ class EffectiveParameter:
     tied: str | None = None
 
     def factors(self) -> list[tuple[Tensor, Tensor, float]]:
-        """Return (left [rows, r], right [r, columns], scaling) for every layer that adds scaling * left @ right to it."""
+        """Return (left [rows, r], right [r, columns], scaling) for each layer that adds scaling * left @ right."""
         found = (layer.low_rank() for layer in self.layers if self.local == "weight")
         return [factors for factors in found if factors is not None]
 
@@ -57,8 +57,8 @@ class EffectiveParameter:
         """Raise `ValueError` where an adapter changes a tied tensor in one of its places only."""
         if self.tied is not None:
             raise ValueError(
-                f"{self.name} and {self.tied} are one tied tensor, and an active adapter changes it in one place: it has "
-                "no single effective value. Leave it out of the parameters or of the adapter's targets, or untie it"
+                f"{self.name} and {self.tied} are one tied tensor, and an active adapter changes it in one place: it "
+                "has no single effective value. Leave it out of the parameters or of the adapter's targets, or untie it"
             )
 
 
@@ -97,8 +97,8 @@ def choose_parameters(model: nn.Module, parameters: Choice) -> Mapping[str, Effe
 
     Args:
         model: any module, with or without adapters and wrappers.
-        parameters: bare names; or a function of a bare name; or None for what is trained: every parameter that requires a
-            gradient, and every one that an active adapter changes.
+        parameters: bare names; or a function of a bare name; or None for what is trained: every parameter that requires
+            a gradient, and every one that an active adapter changes.
 
     Raises:
         ValueError: a name is not the model's (names the nearest), nothing is chosen, or a chosen tensor is tied and
@@ -111,7 +111,9 @@ def choose_parameters(model: nn.Module, parameters: Choice) -> Mapping[str, Effe
     elif callable(parameters):
         chosen = {name: entry for name, entry in every.items() if parameters(name)}
     elif isinstance(parameters, str):
-        raise TypeError(f"parameters must be a list of names or a function of a name; got the one string {parameters!r}")
+        raise TypeError(
+            f"parameters must be a list of names or a function of a name; got the one string {parameters!r}"
+        )
     else:
         for name in parameters:
             if name not in every:
@@ -130,8 +132,8 @@ def differentiable(model: nn.Module, chosen: Mapping[str, EffectiveParameter]) -
     """Yield, by name, tensors of the model whose gradients are those of the effective parameters.
 
     Where adapters only add to a parameter (a low-rank change, a trained bias), that is the bare parameter itself: the
-    output depends on it as it does on the sum. Under any other adapter the bare module stands in the adapter's place for
-    the length of the block, with the effective values as its parameters.
+    output depends on it as it does on the sum. Under any other adapter the bare module stands in the adapter's place
+    for the length of the block, with the effective values as its parameters.
 
     Args:
         model: the bare module, in eval mode while the block runs.
@@ -156,7 +158,9 @@ def differentiable(model: nn.Module, chosen: Mapping[str, EffectiveParameter]) -
                 if entry.name in tensors:
                     tensors[entry.name] = value
             for parent in model.modules():
-                swapped += [(parent._modules, name, child) for name, child in parent._modules.items() if child is module]
+                swapped += [
+                    (parent._modules, name, child) for name, child in parent._modules.items() if child is module
+                ]
         for modules, name, module in swapped:
             modules[name] = bare_module(module)
         yield tensors

@@ -20,19 +20,20 @@ from llmtune.types import Callback
 class EWC(Callback):
     """A penalty that holds parameters near an anchor, each as strongly as its Fisher information says.
 
-    penalty(model) = strength / 2 * sum_i F_i (theta_i - anchor_i)^2, over all parameters that `fisher` names. (Some public
-    implementations leave out the 1/2: their strength is half of ours.)
+    penalty(model) = strength / 2 * sum_i F_i (theta_i - anchor_i)^2, over all parameters that `fisher` names. (Some
+    public implementations leave out the 1/2: their strength is half of ours.)
 
-    theta is the *effective* parameter: under active adapters W + s B A (and whatever else they change). A weight that is
-    frozen and bit for bit its own anchor is then not kept twice: its copy is given up at the first call, and the penalty
-    on s B A is computed a few rows at a time, so that no tensor of the weight's size is built or kept for the backward
-    pass. It costs 6 r + 4 operations an entry of such a weight, in forward and backward together; a training step costs
-    about 6 an entry *and token*. A later change of that weight is noticed and raises, unless it is made through `.data`.
+    theta is the *effective* parameter: under active adapters W + s B A (and whatever else they change). A weight that
+    is frozen and bit for bit its own anchor is then not kept twice: its copy is given up at the first call, and the
+    penalty on s B A is computed a few rows at a time, so that no tensor of the weight's size is built or kept for the
+    backward pass. It costs 6 r + 4 operations an entry of such a weight, in forward and backward together; a training
+    step costs about 6 an entry *and token*. A later change of that weight is noticed and raises, unless it is made
+    through `.data`.
 
-    Fisher information and anchor are copied: drop yours. The object holds one old task and nothing that training changes,
-    so there is no `finish_task`; for a further task make a new one, or use two, whose penalties add up. It is a `Callback`
-    only so that a checkpoint carries checksums of both (not the tensors: save those once, as two files of tensors), and a
-    run resumed with another Fisher information or anchor is refused.
+    Fisher information and anchor are copied: drop yours. The object holds one old task and nothing that training
+    changes, so there is no `finish_task`; for a further task make a new one, or use two, whose penalties add up. It is
+    a `Callback` only so that a checkpoint carries checksums of both (not the tensors: save those once, as two files of
+    tensors), and a run resumed with another Fisher information or anchor is refused.
 
     Args:
         fisher: {bare name: tensor of the parameter's shape}, 0 or more, as `diagonal_fisher` gives it.
@@ -59,9 +60,7 @@ class EWC(Callback):
         Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", equation 3.
     """
 
-    def __init__(
-        self, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor] | nn.Module, strength: float
-    ) -> None:
+    def __init__(self, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor] | nn.Module, strength: float) -> None:
         if not (strength >= 0 and math.isfinite(strength)):
             raise ValueError(f"strength must be a finite number, 0 or more; got {strength}")
         if not fisher:
@@ -90,8 +89,8 @@ class EWC(Callback):
             model: the model that anchor and Fisher information belong to, with or without adapters and wrappers.
 
         Raises:
-            ValueError: the model lacks a parameter that fisher names, or has it in another shape (names the first); none
-                of them can be trained; or a frozen weight that stood for its own anchor has changed.
+            ValueError: the model lacks a parameter that fisher names, or has it in another shape (names the first);
+                none of them can be trained; or a frozen weight that stood for its own anchor has changed.
         """
         entries = effective_parameters(unwrap(model))
         for name, value in self.fisher.items():
@@ -106,8 +105,9 @@ class EWC(Callback):
             terms = [self._term(entries[name]) for name in self.fisher]
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
             raise ValueError(
-                f"EWC reaches no parameter that is trained: all {len(terms)} that fisher names are frozen, and no active "
-                f"adapter changes one (the first: {next(iter(self.fisher))}). Take the Fisher information of what you train"
+                f"EWC reaches no parameter that is trained: all {len(terms)} that fisher names are frozen, and no "
+                f"active adapter changes one (the first: {next(iter(self.fisher))}). Take the Fisher information of "
+                "what you train"
             )
         return self.strength * torch.stack([term.to(device) for term in terms]).sum()
 
@@ -131,8 +131,8 @@ class EWC(Callback):
             for name in (*own[part], *state[part]):
                 if own[part].get(name) != state[part].get(name):
                     raise CheckpointError(
-                        f"the saved EWC had another {what} of {name}: make this one of the same tensors (save them once, "
-                        "rather than computing them anew)"
+                        f"the saved EWC had another {what} of {name}: make this one of the same tensors (save them "
+                        "once, rather than computing them anew)"
                     )
 
     def _term(self, entry: EffectiveParameter) -> Tensor:
@@ -161,4 +161,6 @@ def _check_fisher(name: str, value: Tensor) -> None:
     if not bool(value.isfinite().all()):
         raise ValueError(f"the Fisher information of {name} is not finite")
     if bool((value < 0).any()):
-        raise ValueError(f"the Fisher information of {name} is negative, down to {value.min().item():.3g}: it is a mean of squares")
+        raise ValueError(
+            f"the Fisher information of {name} is negative, down to {value.min().item():.3g}: it is a mean of squares"
+        )

@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information, example by example: how much each parameter matters to what the model predicts."""
+"""The diagonal of the Fisher information, example by example: how much each parameter matters to the predictions."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def diagonal_fisher(
     """Return the diagonal Fisher information of a model's parameters, by their bare names.
 
     F_i = E_x E_{y ~ p(y | x)} [ (d log p(y | x) / d theta_i)^2 ], the mean over examples of the squared gradient of ONE
-    example's log-likelihood. Each example counts as if run alone: batch size, order and padding change nothing, and each
-    document of a packed row is an example. Computed in eval mode, accumulated in float32; modes, `requires_grad` flags,
-    `.grad` and the random state are as before afterwards, also where it raises. A model inside `torch.compile` or
-    data-parallel wrappers is run without them, on this process's batches alone.
+    example's log-likelihood. Each example counts as if run alone: batch size, order and padding change nothing, and
+    each document of a packed row is an example. Computed in eval mode, accumulated in float32; modes, `requires_grad`
+    flags, `.grad` and the random state are as before afterwards, also where it raises. A model inside `torch.compile`
+    or data-parallel wrappers is run without them, on this process's batches alone.
 
     Under an adapter the parameter is the effective weight W + s B A: its Fisher information stands under W's bare name,
     frozen or not. (That of A is exactly 0 while B = 0.)

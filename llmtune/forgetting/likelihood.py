@@ -105,13 +105,14 @@ def predict(model: nn.Module, batch: Batch, *, whole_logits: bool = False) -> Pr
 def passes(
     predictions: Predictions, kind: Kind, unit: Unit, generator: torch.Generator | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
-    """Yield (score, weights [n] or None for ones, whether another follows), so that the Fisher information of examples is
+    """Yield (score, weights [n] or None for ones, whether another follows), so that the Fisher information of examples
+    is
 
         sum over passes and n of weights[n] * (gradient of example n's part of the score)^2.
 
-    "sequence": one pass, the log-likelihood of all of an example's targets. "token": one pass a place. "exact": one pass
-    a place and class, weighted with its probability; since targets are drawn independently given the text, the squares
-    of an example's places add up.
+    "sequence": one pass, the log-likelihood of all of an example's targets. "token": one pass a place. "exact": one
+    pass a place and class, weighted with its probability; since targets are drawn independently given the text, the
+    squares of an example's places add up.
     """
     if kind != "exact":
         targets = predictions.labels if kind == "empirical" else predictions.sample(generator)
@@ -123,8 +124,8 @@ def passes(
     steps, C = int(places.max()) + 1, log_p.shape[1]
     if kind == "exact" and steps * C > EXACT_PASSES:
         raise ValueError(
-            f'kind="exact" needs a backward pass for each of {C} classes at each of {steps} places, {steps * C} for one '
-            f'example (at most {EXACT_PASSES} are run). Use kind="sampled"'
+            f'kind="exact" needs a backward pass for each of {C} classes at each of {steps} places, {steps * C} for '
+            f'one example (at most {EXACT_PASSES} are run). Use kind="sampled"'
         )
     for step in range(steps):
         here = torch.nonzero(places == step).flatten()
@@ -139,8 +140,8 @@ def passes(
 def predicts_next(model: nn.Module) -> bool:
     """Return whether token labels are one place ahead of the logits that predict them, as in causal language models.
 
-    Encoder-decoders, masked language models and token classifiers predict where they stand. A module that is not Hugging
-    Face's counts as causal where it has a head (`get_output_embeddings`).
+    Encoder-decoders, masked language models and token classifiers predict where they stand. A module that is not
+    Hugging Face's counts as causal where it has a head (`get_output_embeddings`).
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
@@ -161,7 +162,7 @@ def head_of(model: Any) -> nn.Module:
 
 
 def with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
-    """Return the batch with the "decoder_input_ids" [B, T] that an encoder-decoder makes of the labels, where it has none."""
+    """Return the batch with the "decoder_input_ids" [B, T] that an encoder-decoder makes of its labels."""
     make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not encoder_decoder or make is None or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
@@ -190,7 +191,9 @@ def _of_classes(model: nn.Module, batch: Batch, labels: Tensor) -> Predictions:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
         shape = f"{[*logits.shape]}" if isinstance(logits, Tensor) else f"a {type(output).__name__} without logits"
-        raise ValueError(f"labels [{len(labels)}] of classes need logits [{len(labels)}, C], C >= 2; the model gave {shape}")
+        raise ValueError(
+            f"labels [{len(labels)}] of classes need logits [{len(labels)}, C], C >= 2; the model gave {shape}"
+        )
     return _checked(Predictions(logits[owner], None, owner, labels[owner], len(labels)))
 
 

@@ -31,9 +31,9 @@ def low_rank_quadratic(
 ) -> Tensor:
     """Return 1/2 sum fisher * (weight - anchor + sum of scaling * left @ right)^2, a scalar in at least float32.
 
-    The gradients of the factors are made in the forward pass, a few rows at a time, and only scaled in the backward pass:
-    no [rows, columns] tensor is built or kept (but weight's own gradient, where it asks for one). Costs about
-    6 r + 4 operations an entry of the weight, and one reading of `fisher` (and of weight and anchor).
+    The gradients of the factors are made in the forward pass, a few rows at a time, and only scaled in the backward
+    pass: no [rows, columns] tensor is built or kept (but weight's own gradient, where it asks for one). Costs about 6 r
+    + 4 operations an entry of the weight, and one reading of `fisher` (and of weight and anchor).
 
     Args:
         factors: at least one (left [rows, r], right [r, columns], scaling).
@@ -43,7 +43,9 @@ def low_rank_quadratic(
     """
     flat = [tensor for left, right, _ in factors for tensor in (left, right)]
     scalings = tuple(scaling for _, _, scaling in factors)
-    wanted = tuple(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in (weight, *flat))
+    wanted = tuple(
+        tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in (weight, *flat)
+    )
     value: Tensor = _LowRankQuadratic.apply(fisher, anchor, scalings, wanted, weight, *flat)[0]
     return value
 
@@ -88,18 +90,19 @@ class _LowRankQuadratic(torch.autograd.Function):
         dtype = _wide(weight, *flat)
         wide = [tensor.detach().to(dtype) for tensor in flat]
         lefts, rights = wide[::2], wide[1::2]
-        tensors = (weight, *flat)
-        grads = [torch.zeros_like(t, dtype=dtype) if want else None for t, want in zip(tensors, wanted, strict=True)]
+        pairs = zip((weight, *flat), wanted, strict=True)
+        grads = [torch.zeros_like(t, dtype=dtype) if want and t is not None else None for t, want in pairs]
         rows, columns = fisher.shape
         step = max(1, CHUNK // max(1, columns))
         values = []
         for start in range(0, rows, step):
             here = slice(start, start + step)
-            e = (lefts[0][here] @ rights[0]).mul_(scalings[0])
-            for left, right, s in zip(lefts[1:], rights[1:], scalings[1:], strict=True):
-                e += (left[here] @ right).mul_(s)  # each by itself, so that a factor and its copy cancel exactly
-            if weight is not None and anchor is not None:
-                e = e + (weight.detach()[here].to(dtype) - anchor[here].to(dtype))
+            products = ((left[here] @ right).mul_(s) for left, right, s in zip(lefts, rights, scalings, strict=True))
+            e = next(products) if weight is None else weight.detach()[here].to(dtype) + next(products)
+            for product in products:
+                e += product  # one by one, so that what the anchor was made of cancels exactly
+            if anchor is not None:
+                e -= anchor[here].to(dtype)
             fe = fisher[here].to(dtype) * e
             values.append(torch.dot(fe.flatten(), e.flatten()))
             if (d_weight := grads[0]) is not None:
@@ -130,7 +133,8 @@ class _LowRankQuadratic(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is asked for: only the plain formula has one
             made = _plain_gradients(fisher, anchor, ctx.scalings, tensors, needs)
         scaled = [
-            None if g is None or not need else (g * grad).to(t.dtype) for g, t, need in zip(made, tensors, needs, strict=True)
+            None if g is None or not need else (g * grad).to(t.dtype)
+            for g, t, need in zip(made, tensors, needs, strict=True)
         ]
         return (None, None, None, None, *scaled)
 
@@ -141,9 +145,13 @@ def _plain_gradients(
     """Return the gradients of weight and factors as functions of them, so that they can be differentiated again."""
     weight, *flat = tensors
     dtype = _wide(weight, *flat)
-    e = sum(s * left.to(dtype) @ right.to(dtype) for left, right, s in zip(flat[::2], flat[1::2], scalings, strict=True))
-    if weight is not None and anchor is not None:
-        e = e + weight.to(dtype) - anchor.to(dtype)
+    e = sum(
+        s * left.to(dtype) @ right.to(dtype) for left, right, s in zip(flat[::2], flat[1::2], scalings, strict=True)
+    )
+    if weight is not None:
+        e = e + weight.to(dtype)
+    if anchor is not None:
+        e = e - anchor.to(dtype)
     value = 0.5 * (fisher.to(dtype) * e * e).sum()
     inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(value, inputs, create_graph=True))

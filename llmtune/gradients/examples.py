@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ def split_examples(model: nn.Module, batch: Batch) -> list[Batch]:
         The examples, in the batch's order; tensors are views of the batch's.
 
     Raises:
-        ValueError: a tensor has another number of rows, a row is nothing but padding, or a packed batch has a field that
-            cannot be cut into documents. Names the field and the row.
+        ValueError: a tensor has another number of rows, a row is nothing but padding, or a packed batch has a field
+            that cannot be cut into documents. Names the field and the row.
         TypeError: the batch is no dict of tensors.
     """
     B = _rows(batch)
@@ -91,7 +92,7 @@ def _documents(batch: Batch, row: int) -> list[Batch]:
             name: value[:, start:stop] if isinstance(value, Tensor) and value.ndim > 0 else value
             for name, value in fields.items()
         }
-        for start, stop in zip(starts, starts[1:], strict=False)
+        for start, stop in pairwise(starts)
     ]
 
 

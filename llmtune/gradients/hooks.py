@@ -1,9 +1,9 @@
 """Gradients of single examples out of one batched backward pass.
 
-A module's input and the gradient of its output say what each example adds to the gradient of the module's parameters: for
-a linear layer, example n adds sum over t of g[n, t] a[n, t]^T. So one forward and one backward pass of a whole batch give
-every example's own gradient, provided that the examples do not see each other. Nothing here is trusted: the engine in
-`per_example` compares two examples with the plain loop first.
+A module's input and the gradient of its output say what each example adds to the gradient of the module's parameters:
+for a linear layer, example n adds sum over t of g[n, t] a[n, t]^T. So one forward and one backward pass of a whole
+batch give every example's own gradient, provided that the examples do not see each other. Nothing here is trusted: the
+engine in `per_example` compares two examples with the plain loop first.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _rms_norm_weight(module: Any, a: Tensor, g: Tensor) -> Tensor:
 
 
 def _lora_a(module: Any, a: Tensor, g: Tensor) -> Tensor:
-    pulled = _wide(module.lora_b).T @ g.reshape(g.shape[0], -1, g.shape[-1]).mT * module.scaling  # [n, r, t]
+    pulled = _wide(module.lora_b.detach()).T @ g.reshape(g.shape[0], -1, g.shape[-1]).mT * module.scaling  # [n, r, t]
     if a.is_floating_point():
         return pulled @ a.reshape(a.shape[0], -1, a.shape[-1])
     n, V = a.shape[0], module.lora_a.shape[1]
@@ -69,7 +69,7 @@ def _lora_a(module: Any, a: Tensor, g: Tensor) -> Tensor:
 
 
 def _lora_b(module: Any, a: Tensor, g: Tensor) -> Tensor:
-    lora_a = _wide(module.lora_a)
+    lora_a = _wide(module.lora_a.detach())
     pushed = a @ lora_a.T if a.is_floating_point() else F.embedding(a, lora_a.T)
     return _linear_weight(module, pushed, g) * module.scaling
 
@@ -79,7 +79,10 @@ def _lora_bias(module: Any, a: Tensor, g: Tensor) -> Tensor:
 
 
 def _rules(module: nn.Module) -> dict[str, Rule]:
-    """Return the rule for each parameter of a module, by the parameter's local name; empty for unknown modules."""
+    """Return the rule for each parameter of a module, by the parameter's local name; empty for unknown modules.
+
+    Adapter layers are known by their tensors' names, as anything that has them behaves alike.
+    """
     kind = type(module)
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
         return {"weight": _linear_weight, "bias": _bias}
@@ -91,8 +94,10 @@ def _rules(module: nn.Module) -> dict[str, Rule]:
     if kind.__name__ == "Conv1D" and hasattr(module, "nf"):
         return {"weight": _conv1d_weight, "bias": _bias}
     if hasattr(module, "lora_a") and hasattr(module, "lora_b") and isinstance(getattr(module, "scaling", None), float):
-        rules = {"lora_a": _lora_a, "lora_b": _lora_b, "lora_bias": _lora_bias}
+        rules: dict[str, Rule] = {"lora_a": _lora_a, "lora_b": _lora_b, "lora_bias": _lora_bias}
         return rules if getattr(module, "takes_part", True) else {}
+    if hasattr(module, "trained_bias"):
+        return {"trained_bias": _bias} if getattr(module, "takes_part", True) else {}
     if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and set(module._parameters) == {"weight"}:
         known = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
         return {"weight": _rms_norm_weight} if known else {}
@@ -152,7 +157,9 @@ class HookTape:
         if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
             raise UnsupportedModuleError(f"a {type(module).__name__} is called without a tensor as its first argument")
         given = args[0]
-        if isinstance(module, nn.Embedding) and given.shape[0] == 1:  # positions, the same for all examples: one row each
+        if (
+            isinstance(module, nn.Embedding) and given.shape[0] == 1
+        ):  # positions, the same for all examples: one row each
             given = given.expand(self.examples, *given.shape[1:])
             output = output.expand(self.examples, *output.shape[1:])
         if given.shape[0] != self.examples or output.shape[0] != self.examples:

@@ -1,4 +1,4 @@
-"""One engine for the gradients of single examples: a plain loop that is always right, and hooks where they agree with it."""
+"""Gradients of single examples: a plain loop that is always right, and hooks where they agree with it."""
 
 from __future__ import annotations
 
@@ -144,8 +144,8 @@ class ExampleGradients:
         model: the bare module, inside `undisturbed`.
         parameters: the chosen ones by name.
         method: "auto", "loop" or "hooks".
-        probe: gives, for a batch of examples, the sum over examples of a scalar that depends on its own example alone and
-            is the same at every call; what hooks and loop are compared by.
+        probe: gives, for a batch of examples, the sum over examples of a scalar that depends on its own example alone
+            and is the same at every call; what hooks and loop are compared by.
 
     Raises:
         ValueError: the method is unknown.
@@ -208,7 +208,9 @@ class ExampleGradients:
             want = torch.cat([one[name] for one in looped])
             own, rest = (1e-3, 1e-6) if parameter.dtype in (torch.float32, torch.float64) else (0.1, 1e-2)
             off = float((hooked[name] - want).abs().max())
-            if not off <= own * float(want.abs().max()) + rest * largest:  # a gradient that is 0 but for rounding may differ
+            if (
+                not off <= own * float(want.abs().max()) + rest * largest
+            ):  # a gradient that is 0 but for rounding may differ
                 raise UnsupportedModuleError(f"the gradient of {name} is off by {off:.2g} from the loop's")
 
 

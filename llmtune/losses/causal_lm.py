@@ -24,6 +24,9 @@ class CausalLMLoss:
         label_smoothing: share of every target spread evenly over the vocabulary, 0 to 1.
         z_loss: factor of the squared log-denominator of the softmax, added.
 
+    Raises:
+        ValueError: an option is out of range.
+
     Example:
         >>> import torch
         >>> from llmtune.testing.models import tiny_llama

@@ -26,7 +26,11 @@ class ClassificationLoss:
     Attributes:
         label_smoothing: share of every class target spread evenly over the classes, 0 to 1; for integer labels only.
 
+    Raises:
+        ValueError: label_smoothing is out of range.
+
     Example:
+        >>> import torch
         >>> from llmtune.testing.models import tiny_bert
         >>> batch = {"input_ids": torch.tensor([[5, 7, 11], [3, 2, 1]]), "labels": torch.tensor([2, 0])}
         >>> model = tiny_bert(labels=3)

@@ -59,11 +59,11 @@ class Head:
     def linear(self) -> tuple[Tensor, Tensor | None] | None:
         """Return (weight [V, E], bias [V] or None) where the head is a plain linear layer; None where it is not.
 
-        An adapter layer that is switched off counts as the layer under it. Where this is None, call `logits` on as many
-        rows as fit: it runs the head as it stands, adapters and dropout included.
+        An adapter layer that takes no part (switched off, or merged) counts as the layer under it. Where this is None,
+        call `logits` on as many rows as fit: it runs the head as it stands, adapters and dropout included.
         """
         module: Any = self.module
-        while hasattr(module, "base") and hasattr(module, "deltas") and not getattr(module, "active", True):
+        while hasattr(module, "base") and not getattr(module, "takes_part", True):
             module = module.base
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
             return None

@@ -27,6 +27,9 @@ class SequenceToSequenceLoss:
     Attributes:
         label_smoothing: share of every target spread evenly over the vocabulary, 0 to 1.
         z_loss: factor of the squared log-denominator of the softmax, added.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     label_smoothing: float = 0.0

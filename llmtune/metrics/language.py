@@ -17,8 +17,8 @@ from llmtune.types import Batch
 def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Return exp of the mean negative log-likelihood of a target token, over all targets of all batches.
 
-    Every target counts the same, however batches are cut: only a sum and a count are kept, never the logits. Computed in
-    eval mode without gradients; each module's own mode is put back. The first token of a document is no target.
+    Every target counts the same, however batches are cut: only a sum and a count are kept, never the logits. Computed
+    in eval mode without gradients; each module's own mode is put back. The first token of a document is no target.
 
     Args:
         model: a Hugging Face causal language model, with or without adapters and wrappers.
@@ -51,7 +51,9 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
             moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
             loss = causal_lm_loss(model, moved).item()
             if math.isnan(loss):
-                raise NonFiniteError(f"the loss of batch {index} (from 0) is NaN: the model's weights or inputs hold NaN")
+                raise NonFiniteError(
+                    f"the loss of batch {index} (from 0) is NaN: the model's weights or inputs hold NaN"
+                )
             total, count = total + loss * targets, count + targets
     if count == 0:
         raise ValueError("there is no target to predict: no batches, or all labels are -100")

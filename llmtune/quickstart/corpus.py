@@ -1,9 +1,9 @@
 """Two domains of text that every CPython brings along: the prose of its documentation, and its source code.
 
 The old domain is prose: the help topics of `pydoc_data.topics` and the docstrings of the standard library. The new
-domain is the code of the same library, without its docstrings and comments. Both are read from the source files as text;
-no module is imported. A piece of text (a paragraph of prose, a top-level statement of code) occurs once and lies on the
-training or on the held-out side by a hash of the piece itself, so the sides are disjoint, whichever CPython reads them.
+domain is the code of the same library, without its docstrings and comments. Both are read from the source files as
+text; no module is imported. A piece of text (a paragraph of prose, a top-level statement of code) occurs once and lies
+on the training or on the held-out side by a hash of the piece itself: the sides are disjoint, whichever CPython reads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import io
+import os
 import re
 import sysconfig
 import tokenize
@@ -23,7 +24,7 @@ from pathlib import Path
 # Other people's packages, test suites, tables of characters, bundled programs: neither the library's prose nor its code
 LEFT_OUT = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "turtledemo",
-     "ensurepip", "__pycache__", "__phello__", "_sysconfigdata", "msilib")
+     "ensurepip", "__pycache__", "__phello__", "msilib")
 )  # fmt: skip
 TOPICS = "pydoc_data/topics.py"
 HELD_OUT_OF = 10  # one piece in so many is held out
@@ -108,21 +109,21 @@ def paragraphs(text: str) -> list[str]:
 
 
 def statements(source: str) -> list[str]:
-    """Return the top-level statements of a Python file without docstrings and comments; none where it does not parse."""
+    """Return the top-level statements of a Python file without docstrings and comments; none if it does not parse."""
     tree = _parse(source)
     if tree is None:
         return []
     lines = io.StringIO(source).readlines()
     for (row, start), end in _comments(source):
         lines[row - 1] = lines[row - 1][:start].rstrip() + lines[row - 1][end:]
-    for node in _documented(tree):
-        first = node.body[0]
+    for documented in _documented(tree):
+        first = documented.body[0]
         for row in range(first.lineno, (first.end_lineno or first.lineno) + 1):
             lines[row - 1] = ""
     found = []
-    for node in tree.body:
-        begin = min((d.lineno for d in getattr(node, "decorator_list", ())), default=node.lineno)
-        text = "".join(lines[begin - 1 : node.end_lineno])
+    for statement in tree.body:
+        begin = min((d.lineno for d in getattr(statement, "decorator_list", ())), default=statement.lineno)
+        text = "".join(lines[begin - 1 : statement.end_lineno])
         text = re.sub(r"\n(?:[ \t]*\n)+", "\n", text).strip("\n")
         if text:
             found.append(text)
@@ -151,10 +152,12 @@ def _split(
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    for path in folder.rglob("*.py"):
-        parts = path.relative_to(folder).parts
-        if not LEFT_OUT.intersection(parts):
-            yield "/".join(parts), path
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        for name in files:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):  # how this CPython was built
+                path = Path(place, name)
+                yield path.relative_to(folder).as_posix(), path
 
 
 def _topics(path: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,8 @@ def _with_old_domain(
     )
 
 
-def _batches(packs: Iterable[Mapping[str, Any]], count: int) -> list[Batch]:
-    return [collate_packed([row]) for row, _ in zip(packs, range(count), strict=False)]
+def _batches(packs: PackedDataset, count: int) -> list[Batch]:
+    return [collate_packed([packs[index]]) for index in range(min(count, len(packs)))]
 
 
 def _size(packs: PackedDataset) -> str:

@@ -89,8 +89,8 @@ def command_line() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="FILE",
-        help='JSON lines to learn from, with "prompt" and "response", "instruction" and "output", "messages", or "text" '
-        "(default: source code of the Python standard library)",
+        help='JSON lines to learn from, with "prompt" and "response", "instruction" and "output", "messages", or '
+        '"text" (default: source code of the Python standard library)',
     )
     add("--rows", type=int, metavar="N", help="take the first N rows of --data (default: all)")
     add(
@@ -196,9 +196,8 @@ def measure_untuned(job: Job) -> tuple[float, float]:
     for line in job.inputs.described:
         print(line)
     steps = job.sizes.steps_over(job.inputs.new)
-    print(
-        f"each way:   {steps} steps of {job.sizes.rows_per_step} packs from the same weights, the packs in the same order"
-    )
+    size = job.sizes.rows_per_step
+    print(f"each way:   {steps} steps of {size} packs, the same ones in the same order, from the same weights")
     if job.out != DEFAULT_OUT and job.out.name.startswith(f"{DEFAULT_OUT}-"):
         print(f"            {DEFAULT_OUT} holds files already: writing into {job.out}")
     return measure(model, job.inputs)

@@ -99,7 +99,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a bar for each of some ten readings would hide what the job says
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # as above
@@ -107,8 +107,8 @@ def load_model(folder: Path) -> PreTrainedModel:
     finally:
         if bar:
             logging.enable_progress_bar()
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    model, report = found
+    if missing := sorted(report["missing_keys"]):
         raise ValueError(f"the weight files in {folder} lack {len(missing)} of the model's weights: {missing[0]} ...")
     if document_leak(model, torch.arange(2)) > 1e-4:
         from llmtune.integrations.transformers_attention import register

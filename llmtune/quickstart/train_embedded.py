@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtune.quickstart.corpus import prose
 from llmtune.quickstart.model import embedded_model
@@ -105,7 +105,7 @@ def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def train(*, steps: int, seed: int) -> tuple[nn.Module, PreTrainedTokenizerFast, float]:
+def train(*, steps: int, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
     """Train tokenizer and model and return (model in float32, tokenizer, held-out perplexity a token).
 
     Args:
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--steps must be 1 or more; got {options.steps}")
     model, tokenizer, perplexity = train(steps=options.steps, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(options.out)
+    model.bfloat16().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     size = sum(path.stat().st_size for path in options.out.iterdir() if path.is_file())
     print(f"held-out perplexity {perplexity:.2f}; {size / 1e6:.2f} MB in {options.out}")

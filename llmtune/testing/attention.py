@@ -77,7 +77,8 @@ def _cases() -> Iterator[_Case]:
     table = torch.rand(2, 1, 7, 11, generator=g) > 0.5
     table[0, 0, 3], table[1, 0, 6] = False, False
     ids = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 3, 4, 5, 5]])
-    yield _Case("no mask", 2, 6, 3, 7, 11)
+    yield _Case("no mask", 2, 3, 3, 7, 11)
+    yield _Case("grouped heads", 2, 6, 3, 7, 11)
     yield _Case("one key head", 2, 5, 1, 7, 11)
     yield _Case("causal", 2, 6, 3, 11, 11, Causal())
     yield _Case("causal with a cache", 2, 3, 3, 7, 11, Causal())

@@ -27,7 +27,7 @@ from llmtune.training.progress import Progress
 from llmtune.training.randomness import fixed_randomness, rows_of_step, seed_everything
 from llmtune.training.resume import load_newest, refuse_used_folder, run_state, save_run, take_back
 from llmtune.training.settings import LoopSettings
-from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty
+from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty, Rows
 
 
 class TrainingLoop:
@@ -62,11 +62,11 @@ class TrainingLoop:
     def __init__(
         self,
         model: nn.Module,
-        train_data: Sequence[Mapping[str, Any]],
+        train_data: Rows,
         *,
         settings: LoopSettings,
         collate: Callable[[list[Any]], Batch] = collate_packed,
-        eval_data: Sequence[Mapping[str, Any]] | None = None,
+        eval_data: Rows | None = None,
         penalties: Sequence[Penalty] = (),
         callbacks: Sequence[Callback] = (),
         loss: LossFunction = causal_lm_loss,

@@ -1,7 +1,8 @@
 """The programs in README.md and docs/ run, their links lead somewhere, and the README's two commands are what they are.
 
-The python fences of a file run in order, in one namespace, in a fresh interpreter and an empty folder. A file whose
-first line is `<!-- slow -->` runs with the slow tests. There is no way to show Python that does not run.
+The python fences of a file run in order, in one namespace, in a fresh interpreter and a folder that is empty but for
+what `stages.py` lays there. A file whose first line is `<!-- slow -->` runs with the slow tests. Python that does not
+run cannot be shown.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -63,6 +65,9 @@ def programs() -> list[pytest.param]:
 
 @pytest.mark.parametrize("page", programs())
 def test_program_runs(page, tmp_path):
+    set_the_stage = STAGES.get(page.relative_to(ROOT).as_posix())
+    if set_the_stage is not None:
+        set_the_stage(tmp_path)
     ran = run_page(page, tmp_path)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
 

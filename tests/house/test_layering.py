@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,16 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def test_every_import_goes_down():
     assert broken_rules(PACKAGE) == []
+
+
+def test_the_design_page_shows_these_numbers():
+    page = (PACKAGE.parent / "docs" / "design" / "01-the-house.md").read_text(encoding="utf-8")
+    shown = {
+        part if part != "llmtune" else "": int(number)
+        for number, parts in re.findall(r"(?m)^\| (\d) \| (.+?) \|", page)
+        for part in re.findall(r"`(\w+)`", parts)
+    }
+    assert shown == NUMBERS
 
 
 SEEDED = {

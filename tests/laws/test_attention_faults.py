@@ -146,7 +146,7 @@ def leaks_across_documents(query, key, value, *, mask=None):
         (ignores_the_mask, "no future token is seen"),
         (aligns_causal_to_the_first_key, "a single query is the last"),
         (sees_one_key_too_many, "no future token is seen"),
-        (sees_one_key_too_few, "equal to the formula"),
+        (sees_one_key_too_few, "packed, padded and single documents agree"),
         (gives_nan_on_empty_rows, "a query without keys gives 0"),
         (gives_the_mean_on_empty_rows, "a query without keys gives 0"),
         (zeroes_nan_after_the_fact, "a query without keys gives 0"),

@@ -214,11 +214,11 @@ def test_inside_pefts_wrapper_with_an_adapter_on_the_head() -> None:
 
 
 class HeadAdapter(nn.Module):
-    """What any adapter layer on a head looks like: `base`, `deltas`, `active`."""
+    """What any adapter layer on a head looks like: `base` and `takes_part`."""
 
     def __init__(self, base: nn.Module, dropout: float = 0.0) -> None:
         super().__init__()
-        self.base, self.active, self.dropout = base, True, nn.Dropout(dropout)
+        self.base, self.takes_part, self.dropout = base, True, nn.Dropout(dropout)
         self.a = nn.Parameter(0.3 * torch.randn(3, base.in_features, generator=torch.Generator().manual_seed(0)))
         self.b = nn.Parameter(0.3 * torch.randn(base.out_features, 3, generator=torch.Generator().manual_seed(1)))
 
@@ -226,12 +226,9 @@ class HeadAdapter(nn.Module):
     def weight(self) -> Tensor:
         return self.base.weight
 
-    def deltas(self) -> dict[str, Tensor]:
-        return {"weight": self.b @ self.a}
-
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        return out + self.dropout(x) @ self.a.T @ self.b.T if self.active else out
+        return out + self.dropout(x) @ self.a.T @ self.b.T if self.takes_part else out
 
 
 @pytest.mark.parametrize("make", [tiny_llama, gemma2])
@@ -248,7 +245,7 @@ def test_an_adapter_on_the_head_is_used_and_trained(make: Any) -> None:
         assert_close(grad, want)
     merged = make()
     with torch.no_grad():
-        merged.lm_head.weight = nn.Parameter(model.lm_head.weight + model.lm_head.deltas()["weight"])
+        merged.lm_head.weight = nn.Parameter(model.lm_head.weight + model.lm_head.b @ model.lm_head.a)
     if model.config.tie_word_embeddings:
         return  # merging would change the embedding too
     assert_close(CausalLMLoss(**options)(model, batch), CausalLMLoss(**options)(merged, batch), rtol=1e-6)
@@ -258,7 +255,7 @@ def test_a_head_adapter_switched_off_is_the_head_under_it() -> None:
     model, batch = tiny_llama(), causal_batch()
     without = causal_lm_loss(model, batch)
     model.lm_head = HeadAdapter(model.lm_head)
-    model.lm_head.active = False
+    model.lm_head.takes_part = False
     assert torch.equal(causal_lm_loss(model, batch), without)
     _, head = hidden_before_head(model, batch)
     assert head.linear()[0] is model.lm_head.base.weight
@@ -281,6 +278,32 @@ def test_dropout_on_the_head_is_the_same_in_the_backward_pass() -> None:
         torch.manual_seed(3)
         lower = causal_lm_loss(model, batch)
     assert abs((loss - lower).item() / (1e-2 * grad.norm().item()) - 1) < 0.05
+
+
+def test_with_lora_on_the_head_on_off_and_merged() -> None:
+    from llmtune.adapters.attach import attach, disabled
+    from llmtune.adapters.config import LoRA
+    from llmtune.adapters.merge import merge
+
+    model, batch = tiny_llama(), causal_batch()
+    without = causal_lm_loss(model, batch)
+    attach(model, LoRA(rank=3, alpha=6, targets=["q_proj", "lm_head"]))
+    assert_close(causal_lm_loss(model, batch), without.detach(), rtol=1e-6)  # B is 0
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    ours, own = causal_lm_loss(model, batch), model(**batch).loss
+    assert not torch.allclose(ours, without)
+    assert_close(ours, own, rtol=1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for grad, want in zip(torch.autograd.grad(ours, trained), torch.autograd.grad(own, trained), strict=True):
+        assert_close(grad, want)
+    with disabled(model):
+        assert torch.equal(causal_lm_loss(model, batch), without)
+        assert hidden_before_head(model, batch)[1].linear() is not None
+    merge(model)
+    assert_close(causal_lm_loss(model, batch), ours.detach())
+    assert hidden_before_head(model, batch)[1].linear() is not None
 
 
 def test_no_head_is_a_clear_error() -> None:

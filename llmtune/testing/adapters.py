@@ -1,0 +1,172 @@
+"""The laws of an adapter layer: invisible until trained, honest when trained, gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.errors import LawBroken
+from llmtune.testing.close import assert_close
+
+IN, OUT, ROWS = 11, 7, 5
+
+
+def check_adapter(make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Check the laws of an adapter around a linear layer.
+
+    - unseen at the start: the output is the base's, bit for bit;
+    - the base stays: three optimizer steps on the adapter's parameters leave the base's bit-identical, and change the
+      output;
+    - true gradients: in float64 the gradients of all trained parameters and of the input agree with finite differences;
+    - quiet in eval: two forward passes in eval mode agree bit for bit;
+    - nothing shared: two adapters made alike share no storage, and trained parameters none with the base;
+    - off is off: with `active = False` (where the module has it) the output is the base's, bit for bit;
+    - honest change: with `deltas()` (where it has it), base weights plus deltas give the adapter's output.
+
+    A module without `active` or `deltas` is not asked about them. Trained parameters are those that require a gradient;
+    they are moved off their start before gradients are tested.
+
+    Args:
+        make: `make(linear) -> module`, the adapter around an `nn.Linear`; called several times.
+
+    Raises:
+        LawBroken: names the law and by how much.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _unseen_at_the_start(make)
+        _base_stays(make)
+        _true_gradients(make)
+        _quiet_in_eval(make)
+        _nothing_shared(make)
+        _off_is_off(make)
+        _honest_change(make)
+
+
+def _linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    return nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
+
+
+def _input(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, ROWS, IN, dtype=dtype)
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def _moved(module: nn.Module) -> nn.Module:
+    for parameter in _trained(module).values():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def _same(actual: Tensor, expected: Tensor, law: str) -> None:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise LawBroken(
+            f"{law}: expected {tuple(expected.shape)} of {expected.dtype}, got {tuple(actual.shape)} of {actual.dtype}"
+        )
+    if not torch.equal(actual, expected):
+        raise LawBroken(
+            f"{law}: off by {float((actual - expected).detach().abs().max()):.3g}, expected no difference at all"
+        )
+
+
+def _unseen_at_the_start(make: Callable[[nn.Linear], nn.Module]) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        base, x = _linear(dtype), _input(dtype)
+        expected = base(x)
+        for mode in (False, True):
+            _same(make(copy.deepcopy(base)).train(mode)(x), expected, f"unseen at the start ({dtype}, training={mode})")
+
+
+def _base_stays(make: Callable[[nn.Linear], nn.Module]) -> None:
+    base, x = _linear(), _input()
+    before = copy.deepcopy(base)
+    module = make(base)
+    if not _trained(module):
+        raise LawBroken(
+            "the base stays: the adapter has no parameter that requires a gradient, so it cannot be trained"
+        )
+    optimizer = torch.optim.AdamW(_trained(module).values(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+    for name, parameter in base.named_parameters():
+        _same(parameter, before.get_parameter(name), f"the base stays: {name}")
+    with torch.no_grad():
+        if torch.equal(module.eval()(x), before(x)):
+            raise LawBroken(
+                "the base stays: three optimizer steps did not change the output; the adapter does not learn"
+            )
+
+
+def _true_gradients(make: Callable[[nn.Linear], nn.Module]) -> None:
+    module = _moved(make(_linear(torch.float64)).double()).eval()
+    x = _input(torch.float64).requires_grad_(True)
+    trained = _trained(module)
+    direction = torch.randn(2, ROWS, OUT, dtype=torch.float64)
+    gradients = torch.autograd.grad((module(x) * direction).sum(), [*trained.values(), x], allow_unused=True)
+    step = 1e-6
+    for (name, tensor), gradient in zip([*trained.items(), ("the input", x)], gradients, strict=True):
+        change = torch.randn_like(tensor)
+        with torch.no_grad():
+            values = []
+            for sign in (step, -2 * step):
+                tensor += sign * change
+                values.append((module(x) * direction).sum())
+            tensor += step * change
+        numeric = float(values[0] - values[1]) / (2 * step)
+        found = 0.0 if gradient is None else float((gradient * change).sum())
+        if not abs(found - numeric) <= 1e-5 * max(abs(numeric), 1e-3):
+            raise LawBroken(
+                f"true gradients: along a random direction {name} has slope {numeric:.9g}, "
+                f"its gradient says {found:.9g}"
+            )
+
+
+def _quiet_in_eval(make: Callable[[nn.Linear], nn.Module]) -> None:
+    module, x = _moved(make(_linear())).eval(), _input()
+    _same(module(x), module(x), "quiet in eval: a second forward pass")
+
+
+def _nothing_shared(make: Callable[[nn.Linear], nn.Module]) -> None:
+    base = _linear()
+    one, other = make(base), make(_linear())
+    own = {parameter.untyped_storage().data_ptr() for parameter in base.parameters()}
+    first = {p.untyped_storage().data_ptr(): name for name, p in _trained(one).items()}
+    for name, parameter in (*_trained(one).items(), *_trained(other).items()):
+        storage = parameter.untyped_storage().data_ptr()
+        if storage in own:
+            raise LawBroken(f"nothing shared: the trained parameter {name} lies in the base's storage")
+        if storage in first and all(parameter is not mine for mine in _trained(one).values()):
+            raise LawBroken(f"nothing shared: {name} of one adapter lies in the storage of {first[storage]} of another")
+    if {id(p) for p in _trained(one).values()} & {id(p) for p in _trained(other).values()}:
+        raise LawBroken("nothing shared: two adapters hold the same parameter")
+
+
+def _off_is_off(make: Callable[[nn.Linear], nn.Module]) -> None:
+    base, x = _linear(), _input()
+    module = _moved(make(copy.deepcopy(base))).eval()
+    if not hasattr(module, "active"):
+        return
+    module.active = False  # type: ignore[assignment]
+    _same(module(x), base(x), "off is off")
+
+
+def _honest_change(make: Callable[[nn.Linear], nn.Module]) -> None:
+    module, x = _moved(make(_linear(torch.float64)).double()).eval(), _input(torch.float64)
+    deltas = getattr(module, "deltas", None)
+    if not callable(deltas) or not deltas():
+        return
+    plain = nn.Linear(IN, OUT, dtype=torch.float64)
+    base = next(m for m in module.modules() if isinstance(m, nn.Linear) and m.weight.shape == plain.weight.shape)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(base.get_parameter(name) + deltas().get(name, 0.0))
+    assert_close(module(x), plain(x), rtol=1e-9, what="honest change: the output against base weights plus deltas")

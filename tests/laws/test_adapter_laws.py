@@ -1,0 +1,297 @@
+"""The adapters' laws: a table of layers and of models, and modules that break each law."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from llmtune.adapters import (
+    LoRA,
+    LoRALinear,
+    TrainedBias,
+    TrainedCopy,
+    adapter_parameters,
+    attach,
+    detach,
+    disabled,
+    load,
+    merge,
+    save,
+    unmerge,
+)
+from llmtune.errors import LawBroken
+from llmtune.testing.adapters import check_adapter
+from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+LAYERS = {
+    "lora": partial(LoRALinear, rank=3, alpha=5),
+    "rslora": partial(LoRALinear, rank=3, alpha=5, rslora=True),
+    "lora with bias": partial(LoRALinear, rank=2, alpha=7, lora_bias=True),
+    "lora with dropout": partial(LoRALinear, rank=2, alpha=7, dropout=0.4),
+    "gaussian": partial(LoRALinear, rank=7, alpha=1, initialise="gaussian"),
+    "two nested": lambda base: LoRALinear(LoRALinear(base, rank=2, alpha=3), rank=3, alpha=5, adapter_name="second"),
+    "trained copy": TrainedCopy,
+    "trained bias": TrainedBias,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "two nested"])
+def test_layers_keep_the_laws(name):
+    check_adapter(LAYERS[name])
+
+
+class Plain(nn.Module):
+    """A user's own adapter, without anything of ours; the faults below are changes of it."""
+
+    def __init__(self, base, *, scaling=2.0, start=0.0):
+        super().__init__()
+        self.base, self.scaling = base, scaling
+        self.a = nn.Parameter(torch.randn(3, base.in_features) / math.sqrt(base.in_features))
+        self.b = nn.Parameter(torch.full((base.out_features, 3), start))
+
+    def forward(self, x):
+        change = x.to(self.a.dtype) @ self.a.T @ self.b.T.to(self.a.dtype) * self.scaling
+        return (self.base(x) + change).to(x.dtype)
+
+
+class TrainsBase(Plain):
+    def __init__(self, base):
+        super().__init__(base.requires_grad_(True))
+
+
+class DropsGradient(Plain):
+    def forward(self, x):
+        return (self.base(x) + x.to(self.a.dtype) @ self.a.detach().T @ self.b.T).to(x.dtype)
+
+
+class LosesDtype(Plain):
+    def forward(self, x):
+        return self.base(x).float() + x.to(self.a.dtype) @ self.a.T @ self.b.T
+
+
+class AlwaysDrops(Plain):
+    def forward(self, x):
+        return (self.base(x) + nn.functional.dropout(x.to(self.a.dtype), 0.5) @ self.a.T @ self.b.T).to(x.dtype)
+
+
+shared = nn.Parameter(torch.zeros(7, 3))
+
+
+class Shares(Plain):
+    def __init__(self, base):
+        super().__init__(base)
+        self.b = shared
+
+
+class LooksAtBase(Plain):
+    """Its trained parameter is a view of the base's memory."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.extra = nn.Parameter(base.weight.detach())
+
+    def forward(self, x):
+        return super().forward(x) + 0 * self.extra.sum().to(x.dtype)
+
+
+class StaysOn(LoRALinear):
+    @property
+    def takes_part(self):
+        return True
+
+
+class WrongDelta(LoRALinear):
+    def deltas(self):
+        return {"weight": self.lora_b @ self.lora_a}
+
+
+class Frozen(Plain):
+    def __init__(self, base):
+        super().__init__(base)
+        self.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(Plain, start=0.1), "unseen at the start .* off by"),
+        (LosesDtype, "unseen at the start .*bfloat16.*: expected .*bfloat16, got .*float32"),
+        (TrainsBase, "the base stays: weight: off by"),
+        (Frozen, "the adapter has no parameter that requires a gradient"),
+        (DropsGradient, "true gradients: along a random direction a has slope"),
+        (AlwaysDrops, "true gradients|quiet in eval"),
+        (Shares, "nothing shared: two adapters hold the same parameter|storage"),
+        (LooksAtBase, "the base stays|lies in the base's storage"),
+        (partial(StaysOn, rank=3, alpha=5), "off is off: off by"),
+        (partial(WrongDelta, rank=3, alpha=5), "honest change"),
+    ],
+)
+def test_a_fault_is_caught(make, message):
+    with pytest.raises(LawBroken, match=message):
+        check_adapter(make)
+
+
+def test_a_plain_module_of_a_users_passes():
+    check_adapter(Plain)
+
+
+# --- whole models ---------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "llama": (tiny_llama, {}),
+    "llama tied": (partial(tiny_llama, tied=True), {}),
+    "llama embeddings": (tiny_llama, {"targets": ["embed_tokens", "q_proj", "down_proj"]}),
+    "llama patterns": (tiny_llama, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.5}, "rslora": True}),
+    "gpt2 conv1d": (tiny_gpt2, {"targets": ["c_attn", "c_proj"], "dropout": 0.2}),
+    "gpt2 all biases": (tiny_gpt2, {"train_bias": "all"}),
+    "bert biases": (tiny_bert, {"train_bias": "lora_only", "lora_bias": True}),
+    "bert classifier": (partial(tiny_bert, labels=3), {"targets": ["query", "value"], "train_modules": ["classifier"]}),
+    "t5": (tiny_t5, {"targets": r".*\.(q|v|wi|wo)"}),
+    "t5 embeddings": (tiny_t5, {"targets": ["embed_tokens", "q"]}),
+}
+IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def output(model):
+    inputs = {"labels": IDS} if model.config.model_type == "t5" else {}
+    with torch.no_grad():
+        return model(input_ids=IDS, **inputs).logits
+
+
+def train(model, name="default"):
+    """Three steps of AdamW, from a start that has been moved so that every parameter learns."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = adapter_parameters(model, name)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        inputs = {"labels": IDS} if model.config.model_type == "t5" else {}
+        model(input_ids=IDS, **inputs).logits.square().mean().backward()
+        optimizer.step()
+    missing = [name for name, p in parameters.items() if p.grad is None]
+    assert not missing, f"no gradient reaches {missing}"
+    optimizer.zero_grad()
+
+
+def snapshot(model):
+    return {name: (tensor.clone(), tensor.requires_grad) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    make, options = MODELS[request.param]
+    return make, LoRA(**({"rank": 3, "alpha": 5} | options))
+
+
+def test_a_model_with_an_adapter_keeps_the_laws(case, tmp_path):
+    make, config = case
+    model = make()
+    modules = {name: type(module) for name, module in model.named_modules()}
+    before, start = snapshot(model), output(model)
+
+    attach(model, config)
+    assert torch.equal(output(model), start), "the start is invisible"
+    train(model)
+    tuned = output(model)
+    assert not torch.equal(tuned, start)
+    with disabled(model):
+        assert torch.equal(output(model), start), "disabled is the base"
+    assert torch.equal(output(model), tuned)
+
+    save(model, tmp_path)
+    again = make()
+    load(again, tmp_path)
+    assert torch.equal(output(again), tuned), "saved and loaded is the same to the bit"
+
+    if isinstance(config.targets, list) and "embed_tokens" in config.targets and model.config.model_type == "t5":
+        with pytest.raises(ValueError, match="tied weights"):
+            merge(model)
+        assert torch.equal(output(model), tuned), "a refusal changes nothing"
+    report = merge(model, untie=True)
+    assert report.kept_bytes > 0
+    torch.testing.assert_close(output(model), tuned, rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="is merged into the weights and cannot be switched off"), disabled(model):
+        pass
+    copied = copy.deepcopy(model)
+    for merged in (copied, model):
+        unmerge(merged)
+        assert torch.equal(output(merged), tuned), "unmerged is the same to the bit"
+
+    detach(model)
+    assert torch.equal(output(model), start)
+    after = snapshot(model)
+    assert after.keys() == before.keys()
+    for name, (tensor, flag) in before.items():
+        assert torch.equal(after[name][0], tensor), f"{name} has changed"
+        assert after[name][1] == flag
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert not [name for name in vars(model) if "llmtune" in name]
+    assert adapter_parameters(copied), "the copy keeps its own adapter"
+    assert torch.equal(output(copied), tuned)
+
+
+def test_merging_for_good_gives_a_plain_model(case):
+    make, config = case
+    model = make()
+    names = list(model.state_dict())
+    attach(model, config)
+    train(model)
+    tuned = output(model)
+    merge(model, keep_base=False, untie=True)
+    torch.testing.assert_close(output(model), tuned, rtol=2e-5, atol=2e-5)
+    assert list(model.state_dict()) == names
+    assert not [name for name in vars(model) if "llmtune" in name]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_bf16_base_rounds_once_and_keeps_float32_adapters():
+    model = tiny_llama().to(torch.bfloat16)
+    attach(model, LoRA(rank=3, alpha=5))
+    train(model)
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    assert output(model).dtype == torch.bfloat16
+    layer = model.model.layers[0].self_attn.q_proj
+    exact = layer.weight.float() + layer.deltas()["weight"]
+    kept = layer.weight.detach().clone()
+    report = merge(model)
+    assert torch.equal(layer.weight, exact.to(torch.bfloat16)), "float32 sum, one rounding"
+    assert 0 < report.largest_rounding < 0.01
+    unmerge(model)
+    assert torch.equal(layer.weight, kept)
+
+
+def test_two_adapters_at_once_and_taken_off_in_any_order():
+    for first_off in ("one", "two"):
+        model = tiny_llama()
+        start = output(model)
+        attach(model, LoRA(rank=2, alpha=3, targets=["q_proj", "v_proj"]), "one")
+        train(model, "one")
+        only_one = output(model)
+        attach(model, LoRA(rank=3, alpha=5, targets=["q_proj", "up_proj"]), "two")
+        assert torch.equal(output(model), only_one), "the second starts invisible on top of the first"
+        train(model, "two")
+        both = output(model)
+        torch.testing.assert_close(merge_both(model), both, rtol=2e-5, atol=2e-5)
+        assert torch.equal(output(model), both)
+        detach(model, first_off)
+        if first_off == "two":
+            assert torch.equal(output(model), only_one)
+        detach(model, "two" if first_off == "one" else "one")
+        assert torch.equal(output(model), start)
+
+
+def merge_both(model):
+    merge(model, "one")
+    merge(model, "two")
+    merged = output(model)
+    with pytest.raises(ValueError, match='adapter "two" was merged after "one": unmerge that one first'):
+        unmerge(model, "one")
+    unmerge(model, "two")
+    unmerge(model, "one")
+    return merged

@@ -1,0 +1,90 @@
+"""Merging refuses what it cannot do right, before anything is changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from llmtune.adapters import LoRA, adapter_parameters, attach, detach, merge, unmerge
+from llmtune.testing.models import tiny_llama
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def refused(model, message, **options):
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        merge(model, **options)
+    after = state(model)
+    assert all(torch.equal(after[name], tensor) or name.endswith("lora_b") for name, tensor in before.items())
+
+
+def test_tied_weights_are_known_by_storage():
+    model = tiny_llama(tied=True)
+    attach(model, LoRA(rank=2, alpha=3, targets=["embed_tokens"]))
+    refused(model, r"model.embed_tokens.weight shares its storage with another parameter \(tied weights\)")
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(0.1)
+    ids = torch.tensor([[5, 7, 11]])
+    before = model(input_ids=ids).logits.detach()
+    report = merge(model, untie=True)
+    assert report.untied == ("model.embed_tokens.weight",)
+    assert model.config.tie_word_embeddings is False
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-5)
+    unmerge(model)
+    assert model.config.tie_word_embeddings is True
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_views_of_one_storage_count_as_tied():
+    model = nn.Sequential(nn.Linear(5, 3, bias=False), nn.Linear(5, 3, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.data)  # another parameter in the same memory
+    attach(model, LoRA(rank=2, alpha=3))
+    refused(model, "0.weight shares its storage")
+
+
+def test_a_change_that_is_not_finite_is_refused():
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3))
+    list(adapter_parameters(model).values())[-1].data[0, 0] = float("nan")
+    refused(model, "is not finite: nothing has been merged")
+
+
+def test_merging_twice_and_unmerging_nothing_are_refused():
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3))
+    with pytest.raises(ValueError, match='adapter "default" is not merged'):
+        unmerge(model)
+    merge(model)
+    refused(model, 'adapter "default" is merged already')
+    with pytest.raises(ValueError, match="is merged into the weights: unmerge it before detaching"):
+        detach(model)
+    attach(model, LoRA(rank=2, alpha=3), "second")
+    with pytest.raises(ValueError, match="merge with keep_base=True, or unmerge that one first"):
+        merge(model, "second", keep_base=False)
+
+
+def test_a_bias_beside_a_layer_without_one_cannot_be_merged():
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3, lora_bias=True))
+    refused(model, 'adapter "default" trains a bias where the base Linear has none')
+
+
+def test_a_weight_that_is_no_float_cannot_be_merged_into():
+    class Quantised(nn.Module):
+        in_features, out_features = 5, 3
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 5, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.to(x.dtype).T
+
+    model = nn.Sequential(Quantised())
+    attach(model, LoRA(rank=2, alpha=3, targets=["0"]))
+    assert torch.equal(model(torch.ones(1, 5)), torch.full((1, 3), 5.0))
+    refused(model, r"0.weight is \(3, 5\) of torch.int8: only a floating weight .* De-quantise it first")

@@ -1,0 +1,256 @@
+"""PEFT as oracle: what it writes we read, what we write it reads; same outputs, keys, shapes and dtypes."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llmtune.adapters import LoRA, adapter_names, adapter_parameters, attach, load, save
+from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+
+peft = pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
+IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
+classifier = partial(tiny_bert, labels=3)
+
+CASES = {
+    "llama all linear": (tiny_llama, {}),
+    "llama suffixes": (tiny_llama, {"targets": ["q_proj", "v_proj"]}),
+    "llama expression": (tiny_llama, {"targets": r".*layers\.1\..*(gate|up)_proj"}),
+    "llama excluded": (tiny_llama, {"targets": ["q_proj", "k_proj"], "exclude": ["layers.0.self_attn.q_proj"]}),
+    "llama excluded by expression": (
+        tiny_llama,
+        {"targets": ["q_proj", "k_proj"], "exclude": r".*0\.self_attn\.q_proj"},
+    ),
+    "llama rslora": (tiny_llama, {"rslora": True}),
+    "llama rank pattern": (tiny_llama, {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.up_proj": 7}}),
+    "llama alpha pattern": (tiny_llama, {"alpha_pattern": {"self_attn.v_proj": 11}}),
+    "llama both patterns, rslora": (
+        tiny_llama,
+        {"rank_pattern": {"o_proj": 5}, "alpha_pattern": {"o_proj": 2}, "rslora": True},
+    ),
+    "llama embeddings": (tiny_llama, {"targets": ["embed_tokens", "q_proj"]}),
+    "llama head": (tiny_llama, {"targets": ["lm_head", "q_proj"]}),
+    "llama head trained whole": (tiny_llama, {"targets": ["q_proj"], "train_modules": ["lm_head"]}),
+    "llama norms trained whole": (tiny_llama, {"targets": ["q_proj"], "train_modules": ["input_layernorm", "norm"]}),
+    "llama tied": (partial(tiny_llama, tied=True), {}),
+    "llama dropout": (tiny_llama, {"dropout": 0.3}),
+    "llama bf16 adapters": (tiny_llama, {"dtype": torch.bfloat16}),
+    "gpt2 all linear": (tiny_gpt2, {}),
+    "gpt2 attention": (tiny_gpt2, {"targets": ["c_attn"]}),
+    "gpt2 positions": (tiny_gpt2, {"targets": ["wpe", "c_fc"]}),
+    "gpt2 all biases": (tiny_gpt2, {"targets": ["c_attn"], "train_bias": "all"}),
+    "bert": (tiny_bert, {}),
+    "bert lora bias": (tiny_bert, {"targets": ["query", "value"], "lora_bias": True}),
+    "bert own biases": (tiny_bert, {"targets": ["query", "value"], "train_bias": "lora_only"}),
+    "bert words": (tiny_bert, {"targets": ["word_embeddings", "position_embeddings"]}),
+    "classifier": (classifier, {"targets": ["query", "value"], "train_modules": ["classifier"]}),
+    "classifier all biases": (classifier, {"targets": ["query"], "train_bias": "all"}),
+    "t5": (tiny_t5, {"targets": ["q", "v", "wi", "wo"]}),
+    "t5 head": (tiny_t5, {"targets": ["q", "lm_head"]}),
+}
+FROM_PEFT = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "exclude": "exclude_modules",
+             "dropout": "lora_dropout", "rslora": "use_rslora", "train_bias": "bias",
+             "train_modules": "modules_to_save"}  # fmt: skip
+
+
+def output(model):
+    inputs = {"labels": IDS} if model.config.model_type == "t5" else {}
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, **inputs).logits
+
+
+def move(parameters, dtype=None):
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in sorted(parameters.items()):
+            parameter.add_((0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+
+
+def close(one, other):
+    scale = float(other.abs().max())
+    assert float((one - other).abs().max()) <= 1e-6 * scale
+
+
+def written(folder):
+    return {key: (tuple(t.shape), t.dtype) for key, t in load_file(folder / "adapter_model.safetensors").items()}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    make, options = CASES[request.param]
+    return make, {"rank": 4, "alpha": 6} | options
+
+
+def test_what_we_write_peft_reads(case, tmp_path):
+    make, options = case
+    model = make()
+    attach(model, LoRA(**options))
+    move(adapter_parameters(model))
+    save(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours", autocast_adapter_dtype=False)
+    close(output(theirs), output(model))
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    assert written(tmp_path / "ours") == written(tmp_path / "theirs")
+    ours, back = (json.loads((tmp_path / side / "adapter_config.json").read_text()) for side in ("ours", "theirs"))
+    assert ours.keys() | {"peft_version"} == back.keys() | {"peft_version"}
+
+
+def test_what_peft_writes_we_read(case, tmp_path):
+    make, options = case
+    dtype = options.pop("dtype", torch.float32)
+    config = {FROM_PEFT.get(name, name): value for name, value in options.items()}
+    config.setdefault("target_modules", "all-linear")
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(**config), autocast_adapter_dtype=False).to(
+        dtype=torch.float32
+    )
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    move(trained)
+    theirs.save_pretrained(tmp_path)
+    model = make()
+    report = load(model, tmp_path)
+    assert not report.missing
+    assert not report.unexpected
+    close(output(model), output(theirs))
+    save(model, tmp_path / "again")
+    assert written(tmp_path / "again") == {
+        k: v for k, v in written(tmp_path).items() if "embed" not in k or "lora" in k
+    }
+
+
+def test_transformers_reads_what_we_write(tmp_path):
+    model = tiny_llama()
+    attach(model, LoRA(rank=3, alpha=5))
+    move(adapter_parameters(model))
+    save(model, tmp_path)
+    theirs = tiny_llama()
+    theirs.load_adapter(str(tmp_path))
+    close(output(theirs), output(model))
+
+
+def test_named_adapters_lie_in_folders_of_their_names(tmp_path):
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"]))
+    attach(model, LoRA(rank=3, alpha=5, targets=["v_proj"]), "second")
+    for name in ("default", "second"):
+        move(adapter_parameters(model, name))
+        save(model, tmp_path, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "second",
+    ]
+    again = tiny_llama()
+    load(again, tmp_path)
+    load(again, tmp_path, "second")
+    assert adapter_names(again) == ["default", "second"]
+    assert torch.equal(output(again), output(model))
+    load(tiny_llama(), tmp_path / "second", "other")  # any folder, under any name
+
+
+def test_into_an_adapter_that_is_attached(tmp_path):
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3))
+    move(adapter_parameters(model))
+    save(model, tmp_path)
+    again = tiny_llama()
+    attach(again, LoRA(rank=2, alpha=3))
+    load(again, tmp_path)
+    assert torch.equal(output(again), output(model))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"]))
+    move(adapter_parameters(model))
+    save(model, tmp_path)
+    return tmp_path
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora=true asks for something that is not offered here"),
+        ({"target_parameters": ["w"]}, r'target_parameters=\["w"\] asks for'),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] asks for"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication=.* asks for"),
+        ({"layers_to_transform": 0}, "layers_to_transform=0 asks for"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"a_new_option": "yes"}, 'a_new_option="yes" asks for'),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base weights"),
+        ({"peft_type": "LOHA"}, '"peft_type" is \'LOHA\'; only "LORA" is read'),
+        ({"r": 0}, "rank must be a whole number of at least 1; got 0"),
+        ({"target_modules": ["nothing"]}, 'targets: "nothing" matches no module'),
+        ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, None),
+    ],
+)
+def test_what_is_not_offered_is_refused_by_name(saved, changes, message):
+    edit(saved, **changes)
+    model = tiny_llama()
+    if message is None:
+        load(model, saved)  # a module's name in the file is never imported
+        return
+    with pytest.raises(ValueError, match=message):
+        load(model, saved)
+    assert adapter_names(model) == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_left(saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first, second, third, _ = sorted(tensors)
+    changed = {"odd.key": tensors[first], second: torch.zeros(3, 3), third: tensors[third], "empty": torch.zeros(0)}
+    save_file(changed, path)
+    model = tiny_llama()
+    with pytest.raises(
+        ValueError, match="2 missing: .*; 2 unexpected: .*; 1 mismatched: .*strict=False loads what fits"
+    ):
+        load(model, saved)
+    assert adapter_names(model) == []
+    report = load(model, saved, strict=False)
+    assert set(report.unexpected) == {"odd.key", "empty"}
+    assert report.loaded == 1
+    assert len(report.mismatched) == 1
+
+
+def test_missing_and_pickled_files_are_told_apart(saved, tmp_path_factory):
+    with pytest.raises(FileNotFoundError, match="holds no adapter_config.json"):
+        load(tiny_llama(), tmp_path_factory.mktemp("empty"))
+    (saved / "adapter_model.safetensors").unlink()
+    (saved / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(FileNotFoundError, match="holds no adapter_model.safetensors.* a pickle and is not read"):
+        load(tiny_llama(), saved)
+    (saved / "adapter_config.json").write_text("[" * 100_000)
+    (saved / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises((ValueError, Exception), match="no JSON|header"):
+        load(tiny_llama(), saved)
+
+
+def test_a_base_weight_in_the_file_must_be_the_models_own(tmp_path):
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(key.endswith("base_layer.weight") for key in written(tmp_path))
+    load(tiny_llama(), tmp_path)
+    with pytest.raises(ValueError, match=r"1 unexpected: .*embed_tokens\.base_layer\.weight"):
+        load(tiny_llama(1), tmp_path)
+
+
+def test_an_empty_tensor_is_never_written(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 3))
+    attach(model, LoRA(rank=2, alpha=3))
+    model[0].lora_a.data = torch.zeros(0, 5)
+    with pytest.raises(ValueError, match=r"0\.lora_A\.weight is empty: gather the model's shards"):
+        save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
