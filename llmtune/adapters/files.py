@@ -97,7 +97,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
     fresh = name not in adapter_names(model)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     if fresh:
-        attach(model, read_config(folder / CONFIG, _dtype(tensors)), name)
+        attach(model, read_config(folder / CONFIG, model, _dtype(tensors)), name)
     try:
         return _fill(model, name, tensors, strict=strict, source=folder)
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llmtune.adapters.config import LoRA
 from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.lora import LowRankLayer
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, is_conv1d
+from llmtune.adapters.trained_copy import TrainedCopy
 
 # What PEFT writes for a plain LoRA beside the entries that a record decides. Another value than these asks for a method
 # or an option that is not offered here, and is refused by name.
@@ -61,7 +63,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
         "megatron_core": "megatron.core",
-        "modules_to_save": sorted(config.train_modules) or None,
+        "modules_to_save": _copied(model, name) or None,
         "peft_type": "LORA",
         "r": config.rank,
         "rank_pattern": dict(config.rank_pattern),
@@ -72,11 +74,12 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
     }
 
 
-def read_config(path: Path, dtype: torch.dtype) -> LoRA:
+def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> LoRA:
     """Return the LoRA record that a PEFT configuration describes.
 
     Args:
         path: the `adapter_config.json`.
+        model: the model it is for; PEFT's modules_to_save are ends of names, "norm" being an end of "layernorm" too.
         dtype: of the adapter's tensors; the configuration does not tell it.
 
     Raises:
@@ -91,8 +94,8 @@ def read_config(path: Path, dtype: torch.dtype) -> LoRA:
     if read["peft_type"] != "LORA":
         raise ValueError(f'{path}: "peft_type" is {read["peft_type"]!r}; only "LORA" is read here')
     for key, value in read.items():
-        plain = PLAIN.get(key)
-        if key not in OWN | ASIDE and value != plain and value not in (None, False, {}, []):
+        unset = value is None or value is False or (isinstance(value, dict | list) and not value)
+        if key not in OWN | ASIDE and not unset and (key not in PLAIN or value != PLAIN[key]):
             raise ValueError(f"{path}: {key}={json.dumps(value)} asks for something that is not offered here")
     start = read.get("init_lora_weights", True)
     if start not in (True, False, "gaussian"):
@@ -112,9 +115,22 @@ def read_config(path: Path, dtype: torch.dtype) -> LoRA:
         alpha_pattern=read.get("alpha_pattern") or {},
         initialise="gaussian" if start == "gaussian" else "kaiming",
         train_bias=read.get("bias", "none"),
-        train_modules=tuple(read.get("modules_to_save") or ()),
+        train_modules=_ending_in(model, read.get("modules_to_save") or ()),
         dtype=dtype,
     )
+
+
+def _copied(model: nn.Module, name: str) -> list[str]:
+    """Return the full names of the modules trained whole: PEFT's rule for short ones would match more."""
+    copied = {id(bare_module(layer)) for layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)}
+    return sorted(place for place, module in named_places(model) if id(bare_module(module)) in copied)
+
+
+def _ending_in(model: nn.Module, ends: Sequence[str]) -> tuple[str, ...]:
+    places = [place for place, _ in named_places(model) if place]
+    found = [place for place in places if any(place.endswith(end) for end in ends)]
+    unknown = [end for end in ends if not any(place.endswith(end) for place in places)]
+    return (*found, *unknown)  # attaching says of an unknown one that it matches nothing
 
 
 def _names(value: Any) -> str | tuple[str, ...]:

@@ -37,7 +37,6 @@ CASES = {
     "llama norms trained whole": (tiny_llama, {"targets": ["q_proj"], "train_modules": ["input_layernorm", "norm"]}),
     "llama tied": (partial(tiny_llama, tied=True), {}),
     "llama dropout": (tiny_llama, {"dropout": 0.3}),
-    "llama bf16 adapters": (tiny_llama, {"dtype": torch.bfloat16}),
     "gpt2 all linear": (tiny_gpt2, {}),
     "gpt2 attention": (tiny_gpt2, {"targets": ["c_attn"]}),
     "gpt2 positions": (tiny_gpt2, {"targets": ["wpe", "c_fc"]}),
@@ -62,7 +61,7 @@ def output(model):
         return model.eval()(input_ids=IDS, **inputs).logits
 
 
-def move(parameters, dtype=None):
+def move(parameters):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, parameter in sorted(parameters.items()):
@@ -100,17 +99,12 @@ def test_what_we_write_peft_reads(case, tmp_path):
 
 def test_what_peft_writes_we_read(case, tmp_path):
     make, options = case
-    dtype = options.pop("dtype", torch.float32)
     config = {FROM_PEFT.get(name, name): value for name, value in options.items()}
     config.setdefault("target_modules", "all-linear")
     theirs = peft.get_peft_model(make(), peft.LoraConfig(**config), autocast_adapter_dtype=False).to(
         dtype=torch.float32
     )
-    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
-    for name, parameter in trained.items():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
-    move(trained)
+    move({name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad})
     theirs.save_pretrained(tmp_path)
     model = make()
     report = load(model, tmp_path)
@@ -119,8 +113,26 @@ def test_what_peft_writes_we_read(case, tmp_path):
     close(output(model), output(theirs))
     save(model, tmp_path / "again")
     assert written(tmp_path / "again") == {
-        k: v for k, v in written(tmp_path).items() if "embed" not in k or "lora" in k
+        k: v for k, v in written(tmp_path).items() if not k.endswith("base_layer.weight")
     }
+
+
+def test_the_dtype_of_the_tensors_goes_round(tmp_path):
+    model = tiny_llama().to(torch.bfloat16)
+    attach(model, LoRA(rank=3, alpha=5, dtype=torch.bfloat16))
+    move(adapter_parameters(model))
+    save(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(
+        tiny_llama().to(torch.bfloat16), tmp_path / "ours", autocast_adapter_dtype=False
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert {dtype for _, dtype in written(tmp_path / "theirs").values()} == {torch.bfloat16}
+    for side in ("ours", "theirs"):
+        again = tiny_llama().to(torch.bfloat16)
+        load(again, tmp_path / side)
+        assert {p.dtype for p in adapter_parameters(again).values()} == {torch.bfloat16}
+        assert torch.equal(output(again), output(model))
+        assert torch.equal(output(theirs), output(model))
 
 
 def test_transformers_reads_what_we_write(tmp_path):
@@ -215,7 +227,7 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_left(saved):
     save_file(changed, path)
     model = tiny_llama()
     with pytest.raises(
-        ValueError, match="2 missing: .*; 2 unexpected: .*; 1 mismatched: .*strict=False loads what fits"
+        ValueError, match=r"2 missing: .*; 2 unexpected: .*; 1 mismatched: .*strict=False loads what fits"
     ):
         load(model, saved)
     assert adapter_names(model) == []
@@ -226,15 +238,15 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_left(saved):
 
 
 def test_missing_and_pickled_files_are_told_apart(saved, tmp_path_factory):
-    with pytest.raises(FileNotFoundError, match="holds no adapter_config.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config.json"):
         load(tiny_llama(), tmp_path_factory.mktemp("empty"))
     (saved / "adapter_model.safetensors").unlink()
     (saved / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(FileNotFoundError, match="holds no adapter_model.safetensors.* a pickle and is not read"):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_model.safetensors.* a pickle and is not read"):
         load(tiny_llama(), saved)
     (saved / "adapter_config.json").write_text("[" * 100_000)
-    (saved / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises((ValueError, Exception), match="no JSON|header"):
+    save_file({"x": torch.zeros(1)}, saved / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"no JSON"):
         load(tiny_llama(), saved)
 
 

@@ -185,12 +185,13 @@ def test_inside_torch_compile(plain_first: bool) -> None:
     assert type(model.lm_head) is nn.Linear
 
 
-def test_inside_data_parallel(tmp_path: Any) -> None:
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_inside_data_parallel(tmp_path: Any, find_unused_parameters: bool) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model, batch = tiny_llama(), causal_batch()
-        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
         causal_lm_loss(wrapped, batch).backward()
         grads = [p.grad.clone() for p in model.parameters()]
         own = torch.autograd.grad(model(**batch).loss, list(model.parameters()))

@@ -1,0 +1,250 @@
+"""What travels from transformers' mask function to the attention layers, and what they make of it."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from transformers import masking_utils
+
+from llmtune.attention import Causal, Dense, Documents, Mask, Padding, scaled_dot_product_attention
+from llmtune.integrations import register, transformers_attention
+from llmtune.integrations.transformers_attention import attention_function
+from llmtune.integrations.transformers_mask import attention_mask_function
+from llmtune.testing.models import tiny_bert, tiny_llama, tiny_t5
+
+register()
+
+LLAMA, T5 = tiny_llama(attention="llmtune").config, tiny_t5(attention="llmtune").config
+
+
+def token_ids(B=3, T=17):
+    return torch.randint(3, 97, (B, T), generator=torch.Generator().manual_seed(0))
+
+
+def right_padding():
+    mask = torch.ones(3, 17, dtype=torch.long)
+    mask[1, 11:], mask[2, 5:] = 0, 0
+    return mask
+
+
+def mistral(window):
+    config = hf.MistralConfig(
+        vocab_size=97, hidden_size=28, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, sliding_window=window, attn_implementation="llmtune",
+    )  # fmt: skip
+    return hf.MistralForCausalLM(config).eval()
+
+
+def made(*, T=5, S=5, config=LLAMA, **knobs):
+    return attention_mask_function(batch_size=2, q_length=T, kv_length=S, config=config, device="cpu", **knobs)
+
+
+def real(*lengths, S=5):
+    return torch.arange(S) < torch.tensor(lengths)[:, None]
+
+
+def test_a_plain_causal_mask_travels_as_nothing_or_as_its_padding():
+    assert made() is None
+    assert made(attention_mask=real(5, 5)) is None
+    assert torch.equal(made(attention_mask=real(5, 3)), real(5, 3))
+    assert made(T=2, S=5, q_offset=3) is None  # a cache of 3, and the last query sees the last key
+    assert torch.equal(made(T=2, S=5, q_offset=3, attention_mask=real(5, 3)), real(5, 3))
+
+
+def test_a_plain_bidirectional_mask_does_too():
+    both = {"mask_function": masking_utils.bidirectional_mask_function, "allow_is_causal_skip": False}
+    assert made(**both, allow_is_bidirectional_skip=True, S=7) is None
+    padding = real(7, 3, S=7)
+    assert torch.equal(made(**both, allow_is_bidirectional_skip=True, S=7, attention_mask=padding), padding)
+    assert made(**both, S=7).shape == (2, 1, 5, 7)  # asked for as a table
+
+
+def test_a_mask_that_is_not_aligned_to_the_last_key_travels_as_a_table():
+    table = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool).expand(2, 1, 2, 5)
+    assert torch.equal(made(T=2, S=5), table)  # a static cache of 5, nothing in it yet
+    assert torch.equal(made(T=2, S=5, q_offset=torch.tensor(0)), table)  # static caches tell their offset as a tensor
+    assert made(T=2, S=5, q_offset=torch.tensor(3)).shape == (2, 1, 2, 5)  # which is not read
+
+
+def test_a_window_travels_as_a_table_only_where_it_hides_something():
+    window = masking_utils.sliding_window_causal_mask_function
+    assert made(mask_function=window(5), local_size=5) is None
+    assert torch.equal(made(mask_function=window(4), local_size=4)[0, 0], torch.ones(5, 5).tril().triu(-3).bool())
+
+
+def test_anything_joined_to_a_mask_makes_it_a_table():
+    assert made(allow_is_causal_skip=False).shape == (2, 1, 5, 5)
+    joined = masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k == 4)
+    table = made(mask_function=joined, allow_is_causal_skip=False, use_vmap=True)
+    assert bool(table[..., 4].all())
+
+
+def packed(inner, ids):
+    positions = torch.zeros_like(ids)
+    return masking_utils.packed_sequence_compatibility_function(inner, positions, ids)
+
+
+def test_packed_documents_travel_as_their_ids():
+    ids = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+    travels = made(mask_function=packed(masking_utils.causal_mask_function, ids), allow_is_causal_skip=False)
+    assert travels.dtype == torch.int32
+    assert torch.equal(travels, ids.int())
+    wide = masking_utils.sliding_window_causal_mask_function(5)
+    assert torch.equal(made(mask_function=packed(wide, ids), allow_is_causal_skip=False, local_size=5), ids.int())
+
+
+def test_packing_with_anything_more_in_it_travels_as_a_table():
+    ids = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
+    causal = masking_utils.causal_mask_function
+
+    def same_shape(batch, head, query, key):
+        return key <= query
+
+    for function in (
+        packed(masking_utils.sliding_window_causal_mask_function(2), ids),
+        packed(masking_utils.bidirectional_mask_function, ids),
+        packed(same_shape, ids),  # does what causal does, but who could know
+        masking_utils.and_masks(packed(causal, ids), same_shape),
+        masking_utils.or_masks(packed(causal, ids), same_shape),
+    ):
+        assert made(mask_function=function, allow_is_causal_skip=False).shape == (2, 1, 5, 5)
+
+
+def test_a_model_that_does_not_carry_small_masks_gets_tables():
+    assert torch.equal(made(config=T5, attention_mask=real(5, 3)), masking_utils.sdpa_mask(
+        2, 5, 5, attention_mask=real(5, 3), allow_is_causal_skip=False
+    ))  # fmt: skip
+    assert made(config=T5) is None
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """The masks that attention was called with, layer by layer."""
+    seen = []
+
+    def spy(*args, mask=None, **knobs):
+        seen.append(mask)
+        return scaled_dot_product_attention(*args, mask=mask, **knobs)
+
+    monkeypatch.setattr(transformers_attention, "scaled_dot_product_attention", spy)
+    return seen
+
+
+def kinds(mask):
+    return [] if mask is None else [type(part) for part in getattr(mask, "parts", (mask,))]
+
+
+def test_masks_say_what_they_mean_and_layers_share_them(masks):
+    model, ids = tiny_llama(attention="llmtune"), token_ids()
+    model(input_ids=ids)
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    model(input_ids=ids, attention_mask=right_padding())
+    model(input_ids=ids[:1], position_ids=torch.arange(17)[None] % 6, use_cache=False)
+    model(input_ids=ids, position_ids=torch.arange(17).expand(3, -1) % 6, use_cache=False)
+    assert [kinds(mask) for mask in masks[::2]] == [
+        [Causal], [Causal], [Causal, Padding], [Causal, Documents], [Causal, Documents],
+    ]  # fmt: skip
+    assert masks[6].parts[1].cu_seqlens == (0, 6, 12, 17)
+    for first, second in ((4, 5), (6, 7), (8, 9)):
+        assert masks[first] is masks[second]
+
+
+def test_encoders_say_so_too(masks):
+    model, ids = tiny_bert(attention="llmtune"), token_ids()
+    model(input_ids=ids)
+    model(input_ids=ids, attention_mask=right_padding())
+    model(input_ids=ids[:1], position_ids=torch.arange(17)[None] % 6)
+    assert [kinds(mask) for mask in masks[::2]] == [[], [Padding], [Documents]]
+
+
+def test_a_window_that_reaches_everywhere_is_no_table(masks):
+    mistral(64)(input_ids=token_ids(), attention_mask=right_padding())
+    mistral(5)(input_ids=token_ids())
+    mistral(64)(input_ids=token_ids(1), position_ids=torch.arange(17)[None] % 6, use_cache=False)
+    assert [kinds(mask) for mask in masks[::2]] == [[Causal, Padding], [Dense], [Causal, Documents]]
+
+
+def test_kept_masks_go_with_their_batch(masks):
+    model = tiny_llama(attention="llmtune")
+    for inputs in (
+        {"attention_mask": right_padding()},
+        {"position_ids": (torch.arange(17) % 6).expand(3, -1), "use_cache": False},
+        {"attention_mask": torch.rand(1, 1, 17, 17) > 0.1},
+    ):
+        model(input_ids=token_ids(), **inputs)
+    assert all(isinstance(mask, Mask) for mask in masks)
+    gone = [weakref.ref(mask) for mask in masks]
+    masks.clear()
+    del inputs
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+
+
+def test_a_mask_written_over_in_place_is_read_again():
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    before = call(mask=mask)[0]
+    mask[:] = True
+    assert torch.equal(call(mask=mask)[0], call(mask=mask.clone())[0])
+    assert not torch.equal(call(mask=mask)[0], before)
+
+
+class Layer(nn.Module):
+    is_causal = True
+
+
+class CrossLayer(nn.Module):
+    is_causal = False
+
+
+def call(module=None, T=5, S=5, mask=None, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 2, T, 3, generator=g), torch.randn(1, 2, S, 3, generator=g)
+    return attention_function(module or Layer(), query, key, key, mask, **kwargs)
+
+
+def test_the_output_is_turned_as_transformers_wants_it():
+    out, weights = call(T=5)
+    assert out.shape == (1, 5, 2, 3)
+    assert out.is_contiguous()
+    assert weights is None
+
+
+@pytest.mark.parametrize("name", ["indices", "sinks", "alibi", "head_mask", "cache", "output_attentions"])
+def test_what_it_cannot_honour_it_refuses(name):
+    with pytest.raises(ValueError, match=f"Layer hands {name} to its attention, which attn_implementation"):
+        call(**{name: torch.zeros(1) if name != "output_attentions" else True})
+    call(**{name: None})
+
+
+def test_a_window_beside_a_mask_without_one_is_honoured():
+    out = call(T=7, S=7, sliding_window=3)[0]
+    expected = torch.ones(7, 7, dtype=torch.bool).tril().triu(-2)
+    assert torch.equal(out, call(T=7, S=7, mask=expected[None, None])[0])
+
+
+def test_positions_count_as_packing_only_where_they_surely_are():
+    packed = torch.tensor([[0, 1, 0, 1, 2]])
+    apart, plain = call(position_ids=packed)[0], call()[0]
+    assert not torch.equal(apart, plain)
+    for positions in (
+        torch.tensor([[0, 1, 2, 3, 4]]),
+        torch.tensor([[0, 2, 4, 6, 8]]),
+        torch.tensor([[0, 1, 5, 6, 2]]),
+    ):
+        assert torch.equal(call(position_ids=positions)[0], plain)
+    assert torch.equal(call(position_ids=packed + 2)[0], apart)  # RoBERTa counts from 2
+    bidirectional = call(CrossLayer())[0]
+    assert torch.equal(call(CrossLayer(), position_ids=packed)[0], bidirectional)
+
+
+def test_cuts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"Documents covers 4 queries, but there are 5 \(T\)"):
+        call(cu_seq_lens_q=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="needs cu_seq_lens_q and cu_seq_lens_k to be the same"):
+        call(S=7, cu_seq_lens_q=torch.tensor([0, 2, 5]), cu_seq_lens_k=torch.tensor([0, 4, 7]))
+    x = torch.zeros(2, 2, 5, 3)
+    with pytest.raises(ValueError, match="cuts the documents of one row, but the batch has 2"):
+        attention_function(Layer(), x, x, x, None, cu_seq_lens_q=torch.tensor([0, 5]))
