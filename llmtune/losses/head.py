@@ -138,7 +138,8 @@ def _watched(head: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     raw: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        captured.append(args[0])  # what the head sees stays tied to the model: DDP looks for unused parameters from there
+        captured.append(args[0])
+        # not detached: from the output, data-parallel training finds out which parameters took part
         return (args[0][(slice(0, 1),) * (args[0].ndim - 1)], *args[1:])
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

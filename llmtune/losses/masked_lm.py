@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import hidden_before_head
-from llmtune.losses.token_loss import head_cross_entropy, refuse_encoder_decoder, token_labels
+from llmtune.losses.token_loss import check_language_model, head_cross_entropy, token_labels
 from llmtune.types import Batch
 
 
@@ -42,11 +42,11 @@ class MaskedLMLoss:
             batch: "input_ids" and "labels" [B, T], and whatever else the model's forward takes.
 
         Raises:
-            ValueError: the batch has no labels, all of them are -100, one is out of range, or the model's head cannot
-                be found.
+            ValueError: the batch has no labels, all of them are -100, one is out of range, the model's head cannot be
+                found, or the model adds to its loss what is not in its logits.
         """
         labels = token_labels(batch)
-        refuse_encoder_decoder(model)
+        check_language_model(model)
         hidden, head = hidden_before_head(model, batch)
         return head_cross_entropy(hidden, head, labels, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
 

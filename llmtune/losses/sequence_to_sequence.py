@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import hidden_before_head
-from llmtune.losses.token_loss import head_cross_entropy, token_labels
+from llmtune.losses.token_loss import check_language_model, head_cross_entropy, token_labels
 from llmtune.modules import unwrap
 from llmtune.types import Batch
 
@@ -48,9 +48,10 @@ class SequenceToSequenceLoss:
 
         Raises:
             ValueError: the batch has no labels, all of them are -100, one is out of range, the decoder's inputs cannot
-                be made, or the model's head cannot be found.
+                be made, the model's head cannot be found, or the model adds to its loss what is not in its logits.
         """
         labels = token_labels(batch)
+        check_language_model(model, encoder_decoder=True)
         if "decoder_input_ids" not in batch and "decoder_inputs_embeds" not in batch:
             batch = {**batch, "decoder_input_ids": decoder_inputs(unwrap(model), labels)}
         hidden, head = hidden_before_head(model, batch)

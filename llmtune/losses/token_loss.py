@@ -68,11 +68,26 @@ def head_cross_entropy(
     return torch.stack(parts).sum() / len(wanted)
 
 
-def refuse_encoder_decoder(model: nn.Module) -> None:
-    """Raise ValueError for an encoder-decoder: given no decoder inputs, some make them up from the encoder's."""
+def check_language_model(model: nn.Module, *, encoder_decoder: bool = False) -> None:
+    """Raise where a loss of the head's logits would not be the loss the model stands for.
+
+    Args:
+        model: the model to train, wrapped or not.
+        encoder_decoder: whether the loss is for encoder-decoders.
+
+    Raises:
+        ValueError: the model is an encoder-decoder and the loss is not for such (some then make up decoder inputs from
+            the encoder's); or its configuration asks for a router's balancing loss, which is not in the logits.
+    """
     inner = unwrap(model)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+    config = getattr(inner, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and not encoder_decoder:
         raise ValueError(f"{type(inner).__name__} is an encoder-decoder: use sequence_to_sequence_loss")
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            f"{type(inner).__name__} is configured with output_router_logits=True, which adds a balancing loss of its "
+            "router to its own loss; this loss would leave it out. Set model.config.output_router_logits = False"
+        )
 
 
 def token_labels(batch: Batch) -> Tensor:

@@ -58,12 +58,11 @@ def test_loop_gives_each_examples_own_gradient(case):
         reference.zero_grad()
         alone = {k: v for k, v in collate_padded([row]).items() if k != "attention_mask"}
         loss(reference, alone).backward()
-        for name, parameter in reference.named_parameters():
-            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if "key.bias" in name:  # 0 but for rounding
-                assert gradients[name][index].abs().max() < 1e-6
-            else:
-                assert_close(gradients[name][index], expected, rtol=1e-4, what=f"{name} of row {index}")
+        expected = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in reference.named_parameters()}
+        largest = max(float(gradient.abs().max()) for gradient in expected.values())
+        for name, gradient in expected.items():
+            off = float((gradients[name][index] - gradient).abs().max())  # some are 0 but for rounding
+            assert off <= 1e-4 * float(gradient.abs().max()) + 1e-6 * largest, f"{name} of row {index}"
 
 
 def watched(

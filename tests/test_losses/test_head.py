@@ -398,6 +398,17 @@ def test_packed_documents_are_apart() -> None:
         assert_close(part, alone)
 
 
+def test_a_routers_balancing_loss_is_not_silently_left_out() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**{**SMALL, "intermediate_size": 36}, num_local_experts=3, num_experts_per_tok=2)
+    model, batch = seeded(MixtralForCausalLM, config), causal_batch()
+    assert_close(causal_lm_loss(model, batch), model(**batch).loss, rtol=1e-6)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True, which adds a balancing loss"):
+        causal_lm_loss(model, batch)
+
+
 def test_an_encoder_decoder_is_refused_where_it_would_be_wrong() -> None:
     for loss in (causal_lm_loss, masked_lm_loss):
         with pytest.raises(ValueError, match="is an encoder-decoder: use sequence_to_sequence_loss"):
