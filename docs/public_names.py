@@ -84,12 +84,13 @@ def find(root: Path, module: str, name: str) -> Public | None:
             for alias in node.names:
                 if (alias.asname or alias.name) != name:
                     continue
-                whole = file_of(root, f"{node.module}.{alias.name}")
-                if whole is None:
-                    return find(root, node.module or "", alias.name)
-                if whole != path:
-                    inner = parsed(whole)[0]
-                    return Public(name, f"{node.module}.{alias.name}", inner, ast.get_docstring(inner))
+                source = node.module or ""
+                found = find(root, source, alias.name) if source != module else None
+                whole = file_of(root, f"{source}.{alias.name}")  # what a folder binds hides a file of the same name
+                if found is None and whole is not None:
+                    tree, _ = parsed(whole)
+                    return Public(name, f"{source}.{alias.name}", tree, ast.get_docstring(tree))
+                return found
     return None
 
 

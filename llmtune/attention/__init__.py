@@ -3,6 +3,7 @@
 `scaled_dot_product_attention` is the one door; `reference.py` is the formula itself, the truth for tests.
 """
 
+from llmtune.attention.documents import Documents
 from llmtune.attention.functional import (
     BackendChoice,
     available_backends,
@@ -10,7 +11,7 @@ from llmtune.attention.functional import (
     scaled_dot_product_attention,
 )
 from llmtune.attention.mask_base import Intersection, Mask
-from llmtune.attention.masks import Causal, Dense, Documents, Padding
+from llmtune.attention.masks import Causal, Dense, Padding
 from llmtune.attention.merge import merge_attention
 
 __all__ = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,7 +143,7 @@ class Intersection(Mask):
         return {letter: size for part in self.parts for letter, size in part.fixed_sizes().items()}
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the tensors of all parts."""
+        """Return the tensors of all parts, of any shape."""
         return tuple(tensor for part in self.parts for tensor in part.tensors())
 
     def fit(self, T: int, S: int) -> None:
@@ -156,3 +158,22 @@ class Intersection(Mask):
 
 def _parts(mask: Mask) -> tuple[Mask, ...]:
     return mask.parts if isinstance(mask, Intersection) else (mask,)
+
+
+def host_ints(values: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
+    """Return lengths or cuts, [n] integers, as ints on the host, where backends plan with them.
+
+    Raises:
+        ValueError: a tensor holds no integers, or is not [n].
+    """
+    if isinstance(values, Tensor):
+        if values.ndim != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(f"{name} must be integers [n], got {values.dtype} of shape {tuple(values.shape)}")
+        return tuple(values.tolist())
+    return tuple(operator.index(value) for value in values)
+
+
+def known_ints(values: Sequence[int] | Tensor | None) -> tuple[int, ...]:
+    """Return what `host_ints` made of a record's field, [n] ints."""
+    assert isinstance(values, tuple)
+    return values

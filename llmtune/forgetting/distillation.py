@@ -136,7 +136,12 @@ class DistillToBase:
             hidden, head = hidden_before_head(inner, with_decoder_inputs(inner, batch))
             teacher_rows, teacher_head = rows(hidden), head.linear()
         seen: list[Tensor] = []
-        handle = head.module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].ndim == 3:  # the model's own call; a loss may call the head again on rows [n, E]
+                seen.append(args[0])
+
+        handle = head.module.register_forward_pre_hook(before)
         try:
             result = self.loss(model, batch)
         finally:

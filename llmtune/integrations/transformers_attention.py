@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from llmtune.attention.documents import Documents
 from llmtune.attention.functional import scaled_dot_product_attention
 from llmtune.attention.mask_base import Mask
-from llmtune.attention.masks import Causal, Dense, Documents, Padding
+from llmtune.attention.masks import Causal, Dense, Padding
 from llmtune.integrations.transformers_mask import UNPADDED_TABLES, attention_mask_function
 
 NAME = "llmtune"

@@ -72,7 +72,7 @@ def linear_row_loss(
     Returns:
         A scalar or [N], in float32, or float64 for float64 input.
     """
-    dtype = _compute_dtype(hidden, weight)
+    dtype = compute_dtype(hidden, weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     rows = default_chunk_rows(weight, loss.buffers) if chunk_rows is None else chunk_rows
     if rows < 1:
@@ -101,7 +101,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Return the type in which a linear layer would multiply: autocast's where it is on, else the wider of the two."""
     wider = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type) and wider != torch.float64:
@@ -148,16 +148,9 @@ class _LinearRowLoss(torch.autograd.Function):
         if ctx.per_row and (needs[1] or needs[2]):
             head_only = (False, needs[1], needs[2])
             _, (_, d_weight, d_bias) = _run_chunks(
-                hidden,
-                weight,
-                bias,
-                ctx.loss,
-                tuple(tensors),
-                ctx.chunk_rows,
-                head_only,
-                factor=ctx.factor,
+                hidden, weight, bias, ctx.loss, tuple(tensors), ctx.chunk_rows, head_only, factor=ctx.factor,
                 row_factors=grad,
-            )
+            )  # fmt: skip
             return (_scaled(d_hidden, grad[:, None]), d_weight, d_bias, *rest)
         return (
             _scaled(d_hidden, grad[:, None] if ctx.per_row else grad),
@@ -225,8 +218,7 @@ def _plain_gradients(
     grad: Tensor,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of hidden, weight and bias as functions of them, so that they can be differentiated
-    again."""
+    """Return the gradients of hidden, weight and bias, differentiable once more."""
     z = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
     losses = loss.plain(at_least_float32(z), tensors)
     inputs = [tensor for tensor, need in zip((hidden, weight, bias), needs, strict=True) if need and tensor is not None]

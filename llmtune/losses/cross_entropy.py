@@ -113,7 +113,7 @@ class CrossEntropy:
         """Return the losses [n] and turn the logits z [n, V] into their gradient; see `RowLoss`."""
         (targets,) = tensors
         assert targets is not None
-        index, smooth, slope = targets[rows, None], self.label_smoothing, None
+        index, smooth, slope = targets[rows, None].long(), self.label_smoothing, None
         if self.logit_scale != 1.0:
             z *= self.logit_scale
         if self.softcap is not None:
@@ -142,7 +142,7 @@ class CrossEntropy:
         (targets,) = tensors
         assert targets is not None
         z = scaled_and_capped(z, self.logit_scale, self.softcap)
-        loss = F.cross_entropy(z, targets, reduction="none", label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(z, targets.long(), reduction="none", label_smoothing=self.label_smoothing)
         return loss + self.z_loss * z.logsumexp(-1).square() if self.z_loss else loss
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtune.losses.chunked import at_least_float32, linear_row_loss
+from llmtune.losses.chunked import at_least_float32, compute_dtype, linear_row_loss
 from llmtune.losses.cross_entropy import (
     REDUCTIONS,
     Reduction,
@@ -133,7 +133,12 @@ def linear_kl_divergence(
     if rows is not None:
         hidden, teacher_hidden = hidden.index_select(0, rows), teacher_hidden.index_select(0, rows)
     _check_mean(reduction, len(hidden), N)
-    fixed = (teacher_hidden.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach())
+    dtype = compute_dtype(teacher_hidden, teacher_weight)
+    fixed = (
+        teacher_hidden.detach().to(dtype),
+        teacher_weight.detach().to(dtype),
+        None if teacher_bias is None else teacher_bias.detach().to(dtype),
+    )
     per_row, factor = reduction == "none", 1 / len(hidden) if reduction == "mean" else 1.0
     value = linear_row_loss(hidden, weight, bias, loss, fixed, per_row=per_row, factor=factor, chunk_rows=chunk_rows)
     return value if not per_row or rows is None else value.new_zeros(N).index_copy(0, rows, value)
@@ -184,9 +189,7 @@ class Divergence:
         hidden, weight, bias = tensors
         assert hidden is not None
         assert weight is not None
-        teacher = at_least_float32(
-            F.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-        )
+        teacher = at_least_float32(F.linear(hidden, weight, bias))
         return self.of_logits(
             scaled_and_capped(z, self.logit_scale, self.softcap),
             scaled_and_capped(teacher.to(z.dtype), self.logit_scale, self.softcap),

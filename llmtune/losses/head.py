@@ -65,8 +65,9 @@ class Head:
         module: Any = self.module
         while hasattr(module, "base") and not getattr(module, "takes_part", True):
             module = module.base
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            return None
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if not plain or type(module.weight) not in (nn.Parameter, Tensor) or len(module.weight) != self.classes:
+            return None  # quantized, sharded, or with a forward pass of its own
         if self.extra_bias is None:
             return module.weight, module.bias
         return module.weight, self.extra_bias if module.bias is None else module.bias + self.extra_bias
@@ -193,22 +194,39 @@ def _head_module(inner: nn.Module) -> nn.Module:
 
 
 def _head(inner: nn.Module, module: nn.Module, raw: Tensor, output: Any) -> Head:
-    """Return the head with the first reading of the configuration that gives the model's own logits from `raw`."""
+    """Return the head with that reading of the configuration which makes the model's own logits of `raw`."""
     readings = _readings(inner, module, raw.shape[-1])
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[-1] != raw.shape[-1]:
+    logits = _logits(output, raw)
+    if logits is None:
         return readings[0]
     with torch.no_grad():
-        want = logits.detach().float()
-        allowed = (1e-4 if raw.dtype in (torch.float32, torch.float64) else 2e-2) * want.abs().max()
-        for head in readings:
-            if not bool(((head.finish(raw.detach().float()) - want).abs() > allowed).any()):  # a NaN is no difference
-                return head
+        errors = [_difference(head, raw, logits) for head in readings]
+        largest, *errors = torch.stack([logits.float().nan_to_num().abs().max(), *errors]).tolist()
+    best = min(range(len(readings)), key=lambda at: errors[at])
+    if errors[best] <= largest * (1e-4 if raw.dtype in (torch.float32, torch.float64) else 2e-2):
+        return readings[best]
     raise ValueError(
         f"{type(inner).__name__} changes its logits after the head in a way that its configuration does not tell "
         f"({', '.join(f'softcap {head.softcap} and scale {head.logit_scale:g}' for head in readings)} all give other "
         "logits). Compute the loss from the model's own logits instead"
     )
+
+
+def _difference(head: Head, raw: Tensor, logits: Tensor) -> Tensor:
+    """Return how far the head's reading is from the logits. Some models finish them in their own type, some in float32:
+    the right reading is exact in one of the two, and half precision cannot hide a wrong one."""
+    made = [head.finish(raw.to(kind)).float().nan_to_num() for kind in (raw.dtype, torch.float32)]
+    want = logits.float().nan_to_num()
+    return torch.stack([(given - want).abs().max() for given in made]).min()
+
+
+def _logits(output: Any, raw: Tensor) -> Tensor | None:
+    """Return the logits among a model's outputs: by name, or in a tuple the first tensor of the shape of `raw`."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Tensor) and part.shape == raw.shape), None)
+    return getattr(output, "logits", None)
 
 
 def _readings(inner: nn.Module, module: nn.Module, classes: int) -> list[Head]:

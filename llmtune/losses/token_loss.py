@@ -58,9 +58,7 @@ def head_cross_entropy(
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
         return loss.plain(at_least_float32(head.logits(h)), (t,)).sum()
 
-    size = default_chunk_rows(
-        rows.new_empty(head.classes, 0), buffers=4
-    )  # autograd keeps the logits, their softmax and gradients
+    size = default_chunk_rows(rows.new_empty(head.classes, 0), buffers=4)  # logits, softmax, and their gradients
     parts = [
         checkpoint(chunk_loss, h, t, use_reentrant=False)
         for h, t in zip(rows.split(size), wanted.split(size), strict=True)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtune.attention.documents import Documents
 from llmtune.attention.mask_base import Mask
-from llmtune.attention.masks import Causal, Dense, Documents, Padding
+from llmtune.attention.masks import Causal, Dense, Padding
 from llmtune.errors import LawBroken
 from llmtune.testing.close import assert_close
 

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,10 @@ def edges(files: dict[str, Path], root: str) -> Iterator[Edge]:
 
 
 def targets(node: ast.AST, importer: str, path: Path, files: dict[str, Path]) -> list[str]:
-    """Return the modules that a statement imports: `from a import b` is a.b where that is a file, else a."""
+    """Return the modules that a statement imports: `from a import b` is a.b where that is a file, else a.
+
+    What a folder's `__init__` imports under the name b hides the file b.
+    """
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom):
@@ -73,7 +77,16 @@ def targets(node: ast.AST, importer: str, path: Path, files: dict[str, Path]) ->
         up = importer.split(".")[: None if path.name == "__init__.py" else -1]
         up = up[: len(up) - node.level + 1]
         source = ".".join([*up, *filter(None, [source])])
-    return [joined if (joined := f"{source}.{alias.name}") in files else source for alias in node.names]
+    hidden = bound(files[source]) if source in files and source != importer else set()
+    joined = {alias.name: f"{source}.{alias.name}" for alias in node.names}
+    return [file if file in files and name not in hidden else source for name, file in joined.items()]
+
+
+@cache
+def bound(path: Path) -> set[str]:
+    """Return the names that a file imports."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
 
 
 def broken_rules(package: Path) -> list[str]:
@@ -135,7 +148,7 @@ SEEDED = {
     "a larger number": ("losses/a.py", "from llmtune.training.loop import TrainingLoop", "'training' has 4"),
     "the same number": ("losses/a.py", "import llmtune.data.packing", "'losses' has number 1, 'data' has 1"),
     "the same number, both 0": ("types.py", "from llmtune.errors import did_you_mean", "'errors' has 0"),
-    "inside a function": ("losses/a.py", "def f():\n    from llmtune.adapters import lora", "'adapters' has 2"),
+    "inside a function": ("losses/a.py", "def f():\n    import llmtune.adapters.lora", "'adapters' has 2"),
     "for types only": (
         "losses/a.py",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from llmtune.adapters.lora import LoRALinear",
@@ -145,6 +158,7 @@ SEEDED = {
     "the public face": ("quickstart/a.py", "import llmtune", "'' has 9"),
     "the folder's own face": ("losses/a.py", "from llmtune.losses import chunked_loss", "not the folder"),
     "another folder's face": ("training/a.py", "from llmtune.losses import chunked_loss", "not the folder"),
+    "a name that hides a file": ("training/a.py", "from llmtune.adapters import lora", "not the folder"),
     "its own folder, relatively": ("losses/a.py", "from . import chunked_loss", "not the folder"),
     "a part without a number": ("helpers/__init__.py", "", "'helpers' has no number"),
     "a circle": ("losses/a.py", "from llmtune.losses.b import f", "llmtune.losses.a -> llmtune.losses.b"),
@@ -155,7 +169,8 @@ SEEDED = {
 def test_a_seeded_violation_is_seen(tmp_path, name):
     house = {
         "__init__.py": "", "types.py": "", "errors.py": "", "losses/__init__.py": "", "data/__init__.py": "",
-        "data/packing.py": "", "adapters/__init__.py": "", "adapters/lora.py": "", "training/__init__.py": "",
+        "data/packing.py": "", "adapters/__init__.py": "from llmtune.adapters.lora import lora",
+        "adapters/lora.py": "", "training/__init__.py": "",
         "training/loop.py": "from llmtune.losses import b\nfrom llmtune.errors import did_you_mean\n",
         "losses/b.py": "def f():\n    from llmtune.losses import a" if name == "a circle" else "",
     }  # fmt: skip

@@ -18,7 +18,11 @@ def test_pages_are_current():
 def tree(tmp_path):
     package = tmp_path / "llmtune"
     (package / "losses").mkdir(parents=True)
-    (package / "__init__.py").write_text('"""The top."""\n\n__all__ = ["losses"]\n')
+    (package / "__init__.py").write_text(
+        '"""The top."""\n\n__all__ = ["f", "losses"]\n\n'
+        "if TYPE_CHECKING:\n    from llmtune import losses\n    from llmtune.losses import f\n"
+    )
+    (package / "losses" / "f.py").write_text('"""A file of the same name as the function, which hides it."""\n')
     (package / "losses" / "__init__.py").write_text(
         '"""Losses."""\n\nfrom llmtune.losses.a import A, f, off, one\n\n__all__ = ["A", "f", "off", "one"]\n'
     )
@@ -78,6 +82,12 @@ def test_a_page_shows_signatures_as_they_were_written(tree):
     assert "A.__call__(x: Tensor) -> Tensor\n" in page
     assert "one = A(rank=1)\n```\n\nAn instance of [`A`](#a)" in page
     assert "_own" not in page
+
+
+def test_the_top_page_leads_to_the_parts(tree):
+    page = render(tree)["llmtune.md"]
+    assert "## f\n\nReturn a * b, where \\_\\_x\\_\\_ &lt;is it> and `a*b` stays. See [`losses`](losses.md#f)." in page
+    assert "## losses\n\nLosses. See [`losses`](losses.md)." in page
 
 
 def test_a_docstring_becomes_markdown():

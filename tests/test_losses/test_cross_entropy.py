@@ -35,7 +35,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.largest = max(self.largest, result.numel())
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.products.append(tuple(result.shape))
         return result
 
@@ -157,6 +157,13 @@ def test_nan_in_ignored_rows_changes_nothing() -> None:
     assert torch.equal(loss, other)
     (grad,), (other_grad,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(other, spoilt)
     assert torch.equal(grad, other_grad)
+
+
+def test_targets_of_any_integer_type() -> None:
+    hidden, weight, _, targets = inputs()
+    assert torch.equal(
+        linear_cross_entropy(hidden, weight, targets.int()), linear_cross_entropy(hidden, weight, targets)
+    )
 
 
 def test_another_ignore_index() -> None:

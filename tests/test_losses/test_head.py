@@ -360,6 +360,46 @@ def test_an_unknown_change_of_the_logits_is_not_silently_ignored() -> None:
         causal_lm_loss(OddModel(lambda head, h: head(h) + head(h)), causal_batch())
 
 
+def test_half_precision_does_not_blur_what_the_model_does() -> None:
+    """A soft cap far above the logits changes them by less than bfloat16 shows; still the right reading is taken."""
+    batch = causal_batch()
+    for cap, after in (
+        (500.0, lambda head, h: head(h)),  # an entry of that name which means something else
+        (500.0, lambda head, h: 500.0 * torch.tanh(head(h) / 500.0)),
+        (5.0, lambda head, h: (5.0 * torch.tanh(head(h).float() / 5.0)).bfloat16()),
+    ):
+        model = OddModel(after, softcap=cap).bfloat16()
+        hidden, head = hidden_before_head(model, batch)
+        assert torch.equal(head.logits(hidden), model(batch["input_ids"]).logits) or head.softcap == cap == 5.0
+
+
+def test_outputs_as_a_tuple() -> None:
+    class TupleModel(OddModel):
+        def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.zeros(()), super().forward(input_ids).logits
+
+    batch = causal_batch()
+    model = TupleModel(lambda head, h: head(h) * 0.6, logit_scale=0.6)
+    assert hidden_before_head(model, batch)[1].logit_scale == 0.6
+    with pytest.raises(ValueError, match="changes its logits"):
+        hidden_before_head(TupleModel(lambda head, h: head(h) * 0.5, logit_scale=0.6), batch)
+
+
+def test_a_head_of_another_kind_is_called_as_it_stands() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, batch = tiny_llama(), causal_batch()
+    model.lm_head = Doubling(28, VOCABULARY, bias=False)
+    assert hidden_before_head(model, batch)[1].linear() is None
+    ours, own = causal_lm_loss(model, batch), model(**batch).loss
+    assert_close(ours, own, rtol=1e-6)
+    parameters = list(model.parameters())
+    for grad, want in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(own, parameters), strict=True):
+        assert_close(grad, want)
+
+
 def test_model_inputs() -> None:
     model = tiny_llama()
     ids, ones = torch.arange(8).reshape(1, 8), torch.ones(1, 8, dtype=torch.long)

@@ -1,0 +1,98 @@
+"""Parts work together: a pairwise cover of adapter, loss, penalty, precision, execution and batch, three steps each."""
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from llmtune.adapters import LoRA, adapter_parameters, attach
+from llmtune.adapters.layer import bare_named_parameters
+from llmtune.data import collate_packed, collate_padded
+from llmtune.forgetting import EWC, DistillToBase
+from llmtune.losses import CausalLMLoss, causal_lm_loss
+from llmtune.testing import tiny_gpt2, tiny_llama, uneven_rows
+from llmtune.training import LoopSettings, TrainingLoop
+
+AXES = {
+    "model": {"llama": tiny_llama, "gpt2": partial(tiny_gpt2, dropout=0.1)},
+    "adapter": {
+        "lora": LoRA(rank=3, alpha=5),
+        "lora everywhere": LoRA(rank=2, alpha=5, rslora=True, dropout=0.1, lora_bias=True),
+        "lora and biases": LoRA(rank=2, alpha=5, train_bias="lora_only"),
+        "lora and head": LoRA(rank=2, alpha=5, train_modules=["lm_head"]),
+    },
+    "loss": {
+        "causal": causal_lm_loss,
+        "smoothed": CausalLMLoss(label_smoothing=0.1, z_loss=1e-3),
+        "distilled": DistillToBase(strength=0.5, temperature=2.0),
+    },
+    "penalty": {"none": False, "ewc": True},
+    "precision": {"float32": "float32", "bf16": "bf16"},
+    "execution": {"eager": None, "aot_eager": "aot_eager"},
+    "batch": {"padded": collate_padded, "packed": collate_packed},
+}
+
+
+def pairwise_cover():
+    """Return cells that hold every pair of values of any two axes at least once, chosen greedily."""
+    names = list(AXES)
+    left = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in AXES[a] for y in AXES[b]
+    }  # fmt: skip
+    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*AXES.values())]
+    chosen = []
+    while left:
+        best = max(every, key=lambda cell: sum(pair in left for pair in itertools.combinations(cell.items(), 2)))
+        left -= set(itertools.combinations(best.items(), 2))
+        chosen.append(best)
+    return chosen
+
+
+CELLS = pairwise_cover()
+
+
+def parameters():
+    for cell in CELLS:
+        slow = [] if cell["execution"] == "eager" else [pytest.mark.slow]  # compiling takes most of a cell's time
+        yield pytest.param(cell, id="-".join(cell.values()), marks=slow)
+
+
+@pytest.mark.parametrize("cell", parameters())
+def test_parts_train_together(cell):
+    chosen = {axis: AXES[axis][value] for axis, value in cell.items()}
+    model = chosen["model"]()
+    attach(model, chosen["adapter"])
+    frozen = {name: p.detach().clone() for name, p in bare_named_parameters(model)}
+    penalties = []
+    if chosen["penalty"]:
+        penalties = [
+            EWC(
+                {
+                    name: torch.full_like(p, 0.1)
+                    for name, p in frozen.items()
+                    if "q_proj" in name or "c_attn.weight" in name
+                },
+                model,
+                1.0,
+            )
+        ]
+    run = torch.compile(model, backend=chosen["execution"]) if chosen["execution"] else model
+    settings = LoopSettings(max_steps=3, rows_per_step=4, rows_per_micro_batch=2, learning_rate=1e-2,
+                            precision=chosen["precision"], progress=False)  # fmt: skip
+    loop = TrainingLoop(
+        run, uneven_rows(), settings=settings, collate=chosen["batch"], loss=chosen["loss"], penalties=penalties
+    )
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    history = loop.fit()
+    assert all(math.isfinite(row["loss"]) for row in history)
+    for name, parameter in bare_named_parameters(model):
+        assert torch.equal(parameter, frozen[name]), f"the base weight {name} has changed"
+    assert any(not torch.equal(p, before[name]) for name, p in adapter_parameters(model).items())
+
+
+def test_the_cover_is_pairwise_and_small():
+    assert len(CELLS) <= 150
+    for a, b in itertools.combinations(AXES, 2):
+        assert {(cell[a], cell[b]) for cell in CELLS} == set(itertools.product(AXES[a], AXES[b]))
