@@ -60,7 +60,7 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachRepor
         >>> from llmtune.testing.models import tiny_llama
         >>> print(attach(tiny_llama(), LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"])))
         adapter "default": 4 modules (q_proj 2, v_proj 2)
-        trainable params: 784 || all params: 21,980 || trainable%: 3.5669
+        trainable params: 1,120 || all params: 22,316 || trainable%: 5.0188
     """
     model = unwrap(model)
     record = _record(model)

@@ -82,7 +82,7 @@ class TrainedBias(AdapterLayer):
         return self.trained_bias if self.takes_part else bare_module(self).bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the base's output with the trained bias, in its dtype."""
+        """Return the base's output [..., out] with the trained bias, in its dtype, for x [..., in]."""
         result: Tensor = self.base(x)
         if not self.takes_part:
             return result

@@ -48,7 +48,7 @@ class DistillToBase:
 
     Example:
         >>> from llmtune.adapters.attach import attach
-        >>> from llmtune.adapters.lora import LoRA
+        >>> from llmtune.adapters.config import LoRA
         >>> from llmtune.testing.models import tiny_llama
         >>> model = tiny_llama()
         >>> _ = attach(model, LoRA(rank=4, alpha=8))

@@ -53,7 +53,7 @@ class EWC(Callback):
         0.0
         >>> with torch.no_grad():
         ...     _ = model.bias.add_(1.0)
-        >>> penalty(model).item()
+        >>> round(penalty(model).item(), 4)
         10.0
 
     Reference:

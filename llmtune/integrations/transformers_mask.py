@@ -14,10 +14,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Hashable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 # The tables made here for a batch without padding: to these a layer may add the documents it knows of. A table of the
@@ -136,26 +137,33 @@ def _captured(function: Callable[..., Any]) -> dict[str, Any]:
 @functools.cache
 def _carries_small_masks(config: Hashable) -> bool:
     """Models written for flash attention pass 2-D masks through untouched; others may slice or add to a table."""
-    return any(model._supports_flash_attn for model in _model_classes(config))
+    return any(getattr(kind, "_supports_flash_attn", False) for kind in _classes(_modeling_file(config)))
 
 
 @functools.cache
 def _check_takes_attention(config: Hashable) -> None:
     """Transformers takes a registered name for any model, but one with attention of its own would misread our mask."""
-    models = list(_model_classes(config))
-    if models and not all(model._can_set_attn_implementation() for model in models):
+    file = _modeling_file(config)
+    if hasattr(file, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    if any("Attention" in kind.__name__ and issubclass(kind, nn.Module) for kind in _classes(file)):
+        assert file is not None
         raise ValueError(
-            f"{models[0].__module__.rsplit('.', 1)[-1]} computes its attention by itself and does not take "
+            f"{file.__name__.rsplit('.', 1)[-1]} computes its attention by itself and does not take "
             'attn_implementation="llmtune"; load the model with attn_implementation="eager"'
         )
 
 
-def _model_classes(config: Any) -> Iterator[Any]:
-    """The model classes written for a configuration: those of modeling_x.py beside its configuration_x.py."""
+def _modeling_file(config: Any) -> ModuleType | None:
+    """The modeling_x.py beside a configuration class's configuration_x.py, where that has been imported."""
     for parent in config.__mro__:
-        module = sys.modules.get(parent.__module__.replace(".configuration_", ".modeling_"))
-        if module is not None and module.__name__ != parent.__module__:
-            for model in vars(module).values():
-                if getattr(model, "__module__", None) == module.__name__ and hasattr(model, "_supports_flash_attn"):
-                    yield model
-            return
+        name = parent.__module__.replace(".configuration_", ".modeling_")
+        if name != parent.__module__ and name in sys.modules:
+            return sys.modules[name]
+    return None
+
+
+def _classes(file: ModuleType | None) -> list[type]:
+    """The classes defined in a file, not those it imports."""
+    found = [] if file is None else vars(file).values()
+    return [kind for kind in found if isinstance(kind, type) and kind.__module__ == getattr(file, "__name__", None)]

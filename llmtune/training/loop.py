@@ -190,7 +190,7 @@ class TrainingLoop:
             self.scaler.unscale_(self.optimizer)
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to `clip_norm` where they exceed it, and return their norm from before."""
+        """Scale the gradients down to `clip_norm` where they exceed it; return their norm from before, a scalar."""
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if self.settings.clip_norm is not None:

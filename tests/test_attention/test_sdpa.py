@@ -41,6 +41,7 @@ def handed(monkeypatch):
         (Causal(0), 7, 5, True, False),
         (Causal(), 1, 7, False, False),  # the last query sees every key
         (Causal(6), 5, 7, False, False),
+        (Causal(5), 5, 7, False, True),  # the first query does not see the last key
         (Causal(), 5, 7, False, True),
         (Causal([0, 0]), 5, 5, False, True),
         (Causal() & Documents([0, 2, 5]), 5, 5, False, True),
@@ -85,7 +86,9 @@ def test_it_says_what_it_cannot_take():
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (1, 7), (1, 4, 5, 7), (2, 1, 5, 7), (2, 4, 1, 7), (1, 4, 1, 1)])
-@pytest.mark.parametrize("mask", [None, Causal(), Padding([3, 0]), Dense(torch.tensor([[True] * 5 + [False] * 2]))])
+@pytest.mark.parametrize(
+    "mask", [None, Causal(), Causal(0), Padding([3, 0]), Dense(torch.tensor([[True] * 5 + [False] * 2]))]
+)
 def test_a_bias_of_any_shape_with_its_gradient(mask, shape):
     leaves = [draw(2, 4, 5, 3), draw(2, 2, 7, 3, seed=1), draw(*shape, seed=2)]
     leaves = [tensor.requires_grad_() for tensor in leaves]
@@ -114,10 +117,12 @@ def test_a_float32_bias_keeps_its_digits_beside_bfloat16():
     torch.testing.assert_close(out[0, 0, 0, :3].float(), bias[0].softmax(0), rtol=0, atol=4e-3)
 
 
-def test_dropout_keeps_the_mean():
+def test_dropout_drops_and_keeps_the_mean():
     torch.manual_seed(0)
-    x, ones = draw(2000, 1, 2, 3), torch.ones(2000, 1, 2, 1, dtype=torch.float64)
-    assert abs(float(attend(x, x, ones, dropout_p=0.3).mean()) - 1.0) < 0.03
+    x, ones = draw(2000, 1, 1, 3), torch.ones(2000, 1, 1, 1, dtype=torch.float64)
+    out = attend(x, x, ones, dropout_p=0.2)  # one key: its weight is dropped, or 1 / 0.8
+    assert sorted(out.unique().tolist()) == [0.0, 1.25]
+    assert abs(float(out.mean()) - 1.0) < 0.03
 
 
 def test_a_scale_of_ones_own():
