@@ -105,9 +105,9 @@ class EWC(Callback):
             terms = [self._term(entries[name]) for name in self.fisher]
         if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
             raise ValueError(
-                f"EWC reaches no parameter that is trained: all {len(terms)} that fisher names are frozen, and no "
-                f"active adapter changes one (the first: {next(iter(self.fisher))}). Take the Fisher information of "
-                "what you train"
+                f"EWC reaches no parameter that is trained: all {len(terms)} that fisher names are frozen, and so is "
+                f"any active adapter that changes one (the first: {next(iter(self.fisher))}). Take the Fisher "
+                "information of what you train"
             )
         return self.strength * torch.stack([term.to(device) for term in terms]).sum()
 

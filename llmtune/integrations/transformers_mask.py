@@ -62,7 +62,12 @@ def attention_mask_function(
     Raises:
         ValueError: the model computes its attention by itself and would read this mask wrongly.
     """
-    from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        prepare_padding_mask,
+        sdpa_mask,
+    )
 
     kind: Any = type(config)
     _check_takes_attention(kind)
@@ -75,8 +80,11 @@ def attention_mask_function(
         if documents is not None:
             return documents.to(torch.int32)
     # Either flag says which kind of mask this is, and that nothing else has been joined to it.
-    fits_window = local_size is None or (kv_offset == 0 and kv_length <= local_size)
-    if fits_window and ((allow_is_causal_skip and aligned) or allow_is_bidirectional_skip):
+    if local_size is None:
+        plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+    else:  # a window or a chunk that hides nothing
+        plain = kv_offset == 0 and kv_length <= local_size
+    if plain and ((allow_is_causal_skip and aligned) or allow_is_bidirectional_skip):
         real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         real = None if real is None else real[:, kv_offset : kv_offset + kv_length]
         if real is None or bool(real.all()):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
-FEWEST_ROWS = 64  # with fewer, reading the head costs more time than multiplying by it
+FEWEST_ROWS = 64  # every chunk reads the whole head: it must be worth its while
 
 
 class RowLoss(Protocol):

@@ -91,6 +91,17 @@ def test_a_row_without_keys_gives_0_no_gradient_and_minus_infinity():
     assert bool(gradient.isfinite().all())
 
 
+def test_a_row_hidden_by_its_bias_is_a_row_without_keys():
+    query = draw(1, 2, 3, 5).requires_grad_()
+    bias = torch.zeros(3, 3, dtype=torch.float64)
+    bias[1] = -math.inf
+    out, lse = attend(query, query, query, bias=bias.requires_grad_(), return_lse=True)
+    assert not bool(out[:, :, 1].any())
+    assert bool((lse[:, :, 1] == -math.inf).all())
+    for gradient in torch.autograd.grad(out.sum() + lse.sum(), (query, bias)):
+        assert bool(gradient.isfinite().all())
+
+
 def test_a_row_without_keys_has_its_sink_alone():
     x = draw(1, 2, 3, 5)
     sinks = torch.tensor([0.3, -1.0], dtype=torch.float64)

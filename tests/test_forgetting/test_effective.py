@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmtune.adapters.attach import attach, set_active
+from llmtune.adapters.attach import attach
 from llmtune.adapters.config import LoRA
 from llmtune.adapters.layer import bare_named_parameters
+from llmtune.adapters.lora import LoRALinear
 from llmtune.adapters.merge import merge
+from llmtune.adapters.trained_copy import TrainedCopy
 from llmtune.forgetting.effective import anchor_of, choose_parameters, effective_parameters
 from llmtune.testing.close import assert_close
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama
@@ -46,18 +48,19 @@ def test_with_an_adapter_it_is_the_merged_model(make, options):
 
 
 def test_copies_of_two_adapters_at_one_place_the_outer_one_runs():
-    model = tiny_bert(labels=3)
-    for name in ("first", "second"):
-        attach(model, LoRA(rank=2, alpha=3, targets=["query"], train_modules=["classifier"]), name=name)
-        moved(model, seed=len(name))
-    ids = torch.tensor([[5, 7, 11]])
-    for names in (("first", "second"), ("second",), ("first",), ()):
-        set_active(model, names)
-        entries = effective_parameters(model)
-        states = {name: entry.value().detach() for name, entry in entries.items()}
-        plain = tiny_bert(labels=3)
-        plain.load_state_dict(states, strict=False)
-        assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits.detach(), rtol=1e-5, what=str(names))
+    model, x = SmallModel(), torch.randn(3, 5).double()
+    first = TrainedCopy(LoRALinear(model.head, rank=2, alpha=3, dtype=torch.float64), adapter_name="first")
+    second = TrainedCopy(first, adapter_name="second")
+    model.head = LoRALinear(second, rank=1, alpha=3, dtype=torch.float64, adapter_name="third")
+    moved(model).eval()
+    layers = {"first": first, "second": second, "third": model.head, "innermost": first.base}
+    for names in (list(layers), ["first", "innermost"], ["second", "third"], ["innermost", "third"], []):
+        for name, layer in layers.items():
+            layer.active = name in names
+        values = {name: entry.value().detach() for name, entry in effective_parameters(model).items()}
+        plain = SmallModel()
+        plain.load_state_dict({**values, "second.weight": values["first.weight"]})
+        assert_close(model(x).detach(), plain.eval()(x).detach(), rtol=1e-12, what=str(names))
 
 
 def test_copies_of_tied_weights_are_two():
@@ -78,7 +81,7 @@ def test_anchor_of_copies_and_chooses():
     moved(model)
     assert not torch.equal(anchor["head.weight"], model.head.weight)
     assert not any(value.requires_grad for value in anchor.values())
-    with pytest.raises(ValueError, match='has no parameter "heads.weight". Did you mean "head.weight"'):
+    with pytest.raises(ValueError, match=r'has no parameter "heads.weight". Did you mean "head.weight"'):
         anchor_of(model, ["heads.weight"])
     with pytest.raises(TypeError, match="must be a list of names"):
         anchor_of(model, "head.weight")

@@ -78,8 +78,9 @@ def test_a_window_travels_as_a_table_only_where_it_hides_something():
 def test_anything_joined_to_a_mask_makes_it_a_table():
     assert made(allow_is_causal_skip=False).shape == (2, 1, 5, 5)
     joined = masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k == 4)
-    table = made(mask_function=joined, allow_is_causal_skip=False, use_vmap=True)
-    assert bool(table[..., 4].all())
+    for flag in (False, True):  # a model may call the function by itself and leave the flag as it is
+        table = made(mask_function=joined, allow_is_causal_skip=flag, use_vmap=True)
+        assert bool(table[..., 4].all())
 
 
 def packed(inner, ids):
@@ -240,6 +241,11 @@ def test_positions_count_as_packing_only_where_they_surely_are():
     assert torch.equal(call(position_ids=packed + 2)[0], apart)  # RoBERTa counts from 2
     bidirectional = call(CrossLayer())[0]
     assert torch.equal(call(CrossLayer(), position_ids=packed)[0], bidirectional)
+
+
+def test_a_single_query_may_have_cuts_of_its_keys():
+    decoding = {"cu_seq_lens_q": torch.tensor([0, 1]), "cu_seq_lens_k": torch.tensor([0, 7])}
+    assert torch.equal(call(T=1, S=7, **decoding)[0], call(T=1, S=7)[0])
 
 
 def test_cuts_that_do_not_fit_are_refused():
