@@ -121,7 +121,7 @@ class DistillToBase:
             with torch.random.fork_rng(devices, device_type=kind):
                 yield
         if torch.is_autocast_enabled(device.type):
-            torch.clear_autocast_cache()  # weights cast without gradient must not be handed to the student
+            torch.clear_autocast_cache()  # before torch 2.11 the student is given the teacher's casts, without graph
 
     def _through_head(self, model: nn.Module, inner: nn.Module, batch: Batch, labels: Tensor) -> tuple[Any, Tensor]:
         """Return (what the loss gave, the divergence) of a language model, from the hidden states before its head."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmtune.errors import did_you_mean
+from llmtune.errors import NonFiniteError, did_you_mean
 from llmtune.quickstart.inputs import Inputs, cpython_inputs, row_inputs
 from llmtune.quickstart.model import check_model_folder, context_length, embedded_model, load_model, load_tokenizer
 from llmtune.quickstart.peak import start_peak
@@ -54,18 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what stands behind the program's name; `sys.argv` unless given.
 
     Returns:
-        The exit code: 0, or 2 where the input is bad (one sentence on the standard error stream, nothing written).
+        The exit code: 0; 2 where the input is bad (one sentence on the standard error stream, nothing written); 1 where
+        a way's training leaves the finite numbers.
     """
     parser = command_line()
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     try:
         job = prepare_job(options)
+        if options.out is None and job.out != DEFAULT_OUT:
+            print(f"{DEFAULT_OUT} holds files already: writing into {job.out}")
         before = measure_untuned(job)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
-    run(job, before)
+    try:
+        run(job, before)
+    except NonFiniteError as error:
+        print(f"{PROGRAM}: error: {error}. Try a smaller --learning-rate", file=sys.stderr)
+        return 1
     print(f"done in {time.perf_counter() - began:.0f} s")
     return 0
 
@@ -97,7 +104,7 @@ def command_line() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         metavar="N",
-        help="optimizer steps of each way (default: 40; with --model or --data, one pass)",
+        help="optimizer steps of each way (default: 32, with --model 12; with --data one pass over its rows)",
     )
     add(
         "--learning-rate",
@@ -189,6 +196,7 @@ def measure_untuned(job: Job) -> tuple[float, float]:
 
     Raises:
         ValueError: the model cannot be read.
+        NonFiniteError: it predicts NaN.
     """
     model = load_model(job.model)
     count = sum(p.numel() for p in model.parameters())
@@ -198,8 +206,6 @@ def measure_untuned(job: Job) -> tuple[float, float]:
     steps = job.sizes.steps_over(job.inputs.new)
     size = job.sizes.rows_per_step
     print(f"each way:   {steps} steps of {size} packs, the same ones in the same order, from the same weights")
-    if job.out != DEFAULT_OUT and job.out.name.startswith(f"{DEFAULT_OUT}-"):
-        print(f"            {DEFAULT_OUT} holds files already: writing into {job.out}")
     return measure(model, job.inputs)
 
 

@@ -91,7 +91,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     Where transformers' own attention would let packed documents see each other in this model, it gets the library's.
 
     Raises:
-        ValueError: it cannot be read, or the weight files lack some of its weights.
+        ValueError: it cannot be read, the weight files lack some of its weights, or it cannot run packed documents.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -115,6 +115,8 @@ def load_model(folder: Path) -> PreTrainedModel:
 
         register()
         model.set_attn_implementation("llmtune")
+        if document_leak(model, torch.arange(2)) > 1e-4:
+            raise ValueError(f"packed documents see each other in {type(model).__name__}, whichever attention it uses")
     return model.eval()
 
 

@@ -4,7 +4,7 @@ A Llama of a million parameters and its tokenizer, a byte-level BPE, learn the p
 with the running CPython (`corpus.prose`, training side). One command, seeded; it prints the loss as it goes and, at the
 end, the perplexity on the held-out side.
 
-The model in the package was trained on CPython 3.11.7 with the settings below, in MINUTES minutes on one core of a
+The model in the package was trained on CPython 3.11.7 with the settings below, in about 12 minutes on one core of a
 shared 2-core x86 machine. Another CPython has slightly other texts, and another processor other roundings, so that a
 rebuilt model is as good but not the same to the bit.
 """
@@ -96,7 +96,7 @@ def untrained(vocabulary: int, *, seed: int) -> LlamaForCausalLM:
 
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        num_key_value_heads=4, max_position_embeddings=WINDOW, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -71,19 +71,13 @@ class Sizes:
 
 
 EMBEDDED = Sizes(
-    max_tokens=256, steps=40, rows_per_step=8, measured=24, fisher=32, rank=16, learning_rate=5e-3, distill=1.0, ewc=1.0
-)
+    max_tokens=256, steps=32, rows_per_step=8, measured=24, fisher=32,
+    rank=16, learning_rate=5e-3, distill=0.3, ewc=0.3,
+)  # fmt: skip
 OWN = Sizes(
-    max_tokens=1024,
-    steps=None,
-    rows_per_step=1,
-    measured=12,
-    fisher=12,
-    rank=16,
-    learning_rate=2e-4,
-    distill=1.0,
-    ewc=1.0,
-)
+    max_tokens=1024, steps=12, rows_per_step=1, measured=8, fisher=8,
+    rank=16, learning_rate=5e-4, distill=0.3, ewc=0.3,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

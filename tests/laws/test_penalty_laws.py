@@ -34,6 +34,7 @@ def ewc_formula(model, anchor, *, strength=3.0):
 
 def adapted(*, trained=False, **options):
     model = SmallModel()
+    torch.manual_seed(0)
     attach(model, LoRA(rank=2, alpha=5, targets=["head"], dtype=torch.float64, **options))
     if trained:
         moved(model, seed=5)

@@ -22,8 +22,24 @@ from llmtune.testing.small import moved
 from llmtune.types import LossFunction
 
 ROWS = uneven_rows(4)
-CLASSES = [{**row, "labels": index % 3} for index, row in enumerate(ROWS)]
+CLASSES = [{**row, "labels": (2, -100, 0, 1)[index]} for index, row in enumerate(ROWS)]
 PADDED = collate_padded(ROWS)
+
+
+def tiny_gemma2():
+    """Return a model that bounds its logits: 3 tanh(z / 3)."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=28, intermediate_size=37, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, final_logit_softcapping=3.0, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    return model
+
+
 CASES = {
     "llama packed": (tiny_llama, collate_packed(ROWS), causal_lm_loss, {}),
     "llama padded left": (tiny_llama, collate_padded(ROWS, side="left"), causal_lm_loss, {}),
@@ -31,6 +47,7 @@ CASES = {
     "llama, adapted head": (tiny_llama, PADDED, causal_lm_loss, {"targets": ["q_proj", "lm_head"]}),
     "llama, copied head": (tiny_llama, PADDED, causal_lm_loss, {"targets": ["q_proj"], "train_modules": ["lm_head"]}),
     "gpt2": (tiny_gpt2, collate_packed(ROWS), causal_lm_loss, {"train_bias": "all"}),
+    "gemma2, soft-capped": (tiny_gemma2, PADDED, causal_lm_loss, {"targets": ["q_proj", "down_proj"]}),
     "bert classifier": (
         lambda: tiny_bert(labels=3),
         collate_padded(CLASSES),
@@ -45,6 +62,7 @@ CASES = {
 def adapted(case, *, trained=True, dropout=0.0):
     make, batch, loss, options = CASES[case]
     model = make()
+    torch.manual_seed(0)
     attach(model, LoRA(rank=3, alpha=5, dropout=dropout, **options))
     return (moved(model) if trained else model), batch, loss
 
@@ -162,7 +180,31 @@ def test_modes_random_state_and_dropout():
     torch.manual_seed(0)
     _, again = DistillToBase(strength=1.0)(model, batch)
     assert again["distillation"].item() == first["distillation"].item()
+    model.model.register_forward_pre_hook(
+        lambda *_: torch.rand(5) is None or None
+    )  # a model that draws, whatever its mode
+    for loss in (inner, DistillToBase(inner, strength=1.0)):
+        torch.manual_seed(0)
+        loss(model, batch)
+    assert torch.equal(inner.seen[-1][2], inner.seen[-2][2])
     assert all(layer.active for layer in model.modules() if hasattr(layer, "adapter_name"))
+
+
+def test_the_teacher_runs_without_the_models_own_dropout():
+    model = tiny_gpt2(dropout=0.5)
+    torch.manual_seed(0)
+    attach(model, LoRA(rank=3, alpha=5))
+    moved(model).train()
+    batch = collate_padded(ROWS)
+    torch.manual_seed(1)
+    _, parts = DistillToBase(strength=1.0)(model, batch)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        student, mask = logits_and_mask(model, batch, causal_lm_loss)
+        with disabled(model.eval()):
+            teacher, _ = logits_and_mask(model, batch, causal_lm_loss)
+    expected = F.kl_div(student[mask].log_softmax(-1), teacher[mask].softmax(-1), reduction="batchmean")
+    assert_close(parts["distillation"], expected, rtol=1e-4)
 
 
 def test_one_student_forward_and_one_teacher_forward():

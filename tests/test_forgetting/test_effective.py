@@ -6,7 +6,7 @@ from llmtune.adapters.attach import attach
 from llmtune.adapters.config import LoRA
 from llmtune.adapters.layer import bare_named_parameters
 from llmtune.adapters.lora import LoRALinear
-from llmtune.adapters.merge import merge
+from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.trained_copy import TrainedCopy
 from llmtune.forgetting.effective import anchor_of, choose_parameters, effective_parameters
 from llmtune.testing.close import assert_close
@@ -40,6 +40,10 @@ def test_with_an_adapter_it_is_the_merged_model(make, options):
     values = anchor_of(model)
     everything = anchor_of(model, lambda name: True)
     assert set(values) == {n for n, v in everything.items() if not torch.equal(v, before[n])}
+    merge(model)  # the adapter's change stands in the weights now, and counts once
+    for name, value in anchor_of(model, lambda name: True).items():
+        assert_close(value, everything[name], rtol=1e-6, what=name)
+    unmerge(model)
     merge(model, keep_base=False)
     after = dict(model.named_parameters())
     assert set(everything) <= set(after)

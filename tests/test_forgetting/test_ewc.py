@@ -273,6 +273,15 @@ def test_state_tells_one_from_another_and_survives_json():
         EWC(rising(model), model, 2.0).load_state_dict(state)
 
 
+def test_the_state_is_the_same_after_the_copy_has_gone():
+    """Also where the copy was wider than the weight: W + 0 in float32 of a bfloat16 W."""
+    model = adapted(lambda: tiny_llama().bfloat16())
+    fresh, used = (EWC(rising(model), anchor_of(model), 2.0) for _ in range(2))
+    used(model)
+    assert all(isinstance(a.base, Pin) for a in used.anchors.values())
+    used.load_state_dict(fresh.state_dict())
+
+
 def test_fingerprints():
     tensor = torch.arange(12.0).reshape(3, 4)
     assert fingerprint(tensor) == fingerprint(tensor.clone())

@@ -239,8 +239,25 @@ def test_positions_count_as_packing_only_where_they_surely_are():
     ):
         assert torch.equal(call(position_ids=positions)[0], plain)
     assert torch.equal(call(position_ids=packed + 2)[0], apart)  # RoBERTa counts from 2
+    cached = torch.tensor([[3, 4, 0, 1, 2]])
+    assert torch.equal(call(S=8, position_ids=cached)[0], call(S=8)[0])
     bidirectional = call(CrossLayer())[0]
     assert torch.equal(call(CrossLayer(), position_ids=packed)[0], bidirectional)
+
+
+def test_nothing_is_added_to_a_table_of_the_users_own():
+    table = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    out = call(mask=table)[0]
+    assert torch.equal(out, call(CrossLayer())[0])  # not even causality
+    assert torch.equal(call(mask=table, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))[0], out)
+    assert torch.equal(call(mask=table, cu_seq_lens_q=torch.tensor([0, 2, 5]))[0], out)
+    assert torch.equal(call(mask=table, sliding_window=2)[0], out)
+
+
+def test_dropout_waits_for_training():
+    layer = Layer()
+    assert torch.equal(call(layer.eval(), dropout=0.9)[0], call()[0])
+    assert not torch.equal(call(layer.train(), dropout=0.9)[0], call()[0])
 
 
 def test_a_single_query_may_have_cuts_of_its_keys():
