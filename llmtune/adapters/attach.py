@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from llmtune.adapters.config import LoRA
-from llmtune.adapters.layer import AdapterLayer, bare_named_parameters, named_places
+from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_named_parameters, named_places
 from llmtune.adapters.plan import plan_lora
 from llmtune.adapters.report import AttachReport
 from llmtune.errors import did_you_mean
@@ -26,13 +26,14 @@ class Record:
 
     Attributes:
         configs: the attached adapters, oldest first.
-        requires_grad: the flags the bare parameters came with, by bare name.
+        flags: for each adapter, what required a gradient when it came, by bare name (an earlier adapter's parameters
+            by place, adapter and local name).
         merged: the adapters that stand in the base's weights, in the order in which they were merged.
         kept: for each of these, what `unmerge` puts back.
     """
 
     configs: dict[str, LoRA] = field(default_factory=dict)
-    requires_grad: dict[str, bool] = field(default_factory=dict)
+    flags: dict[str, dict[str, bool]] = field(default_factory=dict)
     merged: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
 
@@ -53,7 +54,8 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachRepor
     Raises:
         ValueError: the name is taken or not allowed; a pattern matches nothing; a rank is larger than its layer; the
             root itself is a target. The model is then as it was.
-        TypeError: a target is of a kind that cannot be adapted.
+        TypeError: a target is of a kind that cannot be adapted, or the model is inside DistributedDataParallel already,
+            which would not see the new parameters.
 
     Example:
         >>> from llmtune.adapters import LoRA, attach
@@ -62,6 +64,8 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachRepor
         adapter "default": 4 modules (q_proj 2, v_proj 2)
         trainable params: 1,120 || all params: 22,316 || trainable%: 5.0188
     """
+    if isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel):
+        raise TypeError("DistributedDataParallel does not see parameters that come later: attach first, then wrap")
     model = unwrap(model)
     record = _record(model)
     _check_name(model, name, record)
@@ -70,19 +74,19 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachRepor
     after = dict(before)
     for place, build in plan.builders:  # several at one place go around each other
         after[place] = build(after[place])
-    flags = {bare: parameter.requires_grad for bare, parameter in bare_named_parameters(model)}
+    flags = {key: parameter.requires_grad for key, parameter in _flagged(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _put(model, {id(module): after[place] for place, module in before.items() if after[place] is not module})
     if record is None:
-        record = Record(requires_grad=flags)
+        record = Record()
         setattr(model, _ATTRIBUTE, record)
-    record.configs[name] = config
+    record.configs[name], record.flags[name] = config, flags
     return AttachReport.of(model, name, plan)
 
 
 def detach(model: nn.Module, name: str = "default") -> None:
-    """Take an adapter off. With the last one gone the model is the very one that came: classes, tensors and flags.
+    """Take an adapter off. What is left is the very model that came: classes, tensors, and what requires a gradient.
 
     Args:
         model: the model given to `attach`.
@@ -104,14 +108,21 @@ def detach(model: nn.Module, name: str = "default") -> None:
 
 
 def forget(model: nn.Module, name: str) -> None:
-    """Strike an adapter that has no layers left from the root's record; the last one gives the flags back."""
+    """Strike an adapter that has no layers left from the root's record, and undo its freezing.
+
+    What the newest froze gets its flags back; what an earlier one froze is from now on taken as frozen by the next.
+    """
     record = record_of(model, name)
+    later = list(record.configs)[list(record.configs).index(name) + 1 :]
     del record.configs[name]
-    if record.configs:
-        return
-    for bare, parameter in bare_named_parameters(model):
-        parameter.requires_grad_(record.requires_grad.get(bare, parameter.requires_grad))
-    delattr(model, _ATTRIBUTE)
+    flags = record.flags.pop(name)
+    if later:
+        record.flags[later[0]].update(flags)
+    else:
+        for key, parameter in _flagged(model):
+            parameter.requires_grad_(flags.get(key, parameter.requires_grad))
+    if not record.configs:
+        delattr(model, _ATTRIBUTE)
 
 
 def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
@@ -225,12 +236,28 @@ def _record(model: nn.Module) -> Record | None:
     return getattr(model, _ATTRIBUTE, None)
 
 
+def _flagged(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every parameter, the bare model's by its bare name, an adapter's by a name that nesting does not change."""
+    yield from bare_named_parameters(model)
+    for place, module in named_places(model):
+        for layer in adapter_chain(module):
+            for local, parameter in layer.named_parameters():
+                if not local.startswith("base."):
+                    yield f"{place}|{layer.adapter_name}|{local}", parameter
+
+
 def _put(model: nn.Module, layers: Mapping[int, nn.Module]) -> None:
     """Set each layer in place of the module with that id, wherever it hangs: a module may be used in several places."""
     for parent in list(model.modules()):
         for local, child in parent._modules.items():
             if id(child) in layers:
-                parent._modules[local] = layers[id(child)]
+                layer = parent._modules[local] = layers[id(child)]
+                if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
+                    layer.register_forward_pre_hook(_keep_off_fast_path)
+
+
+def _keep_off_fast_path(module: nn.Module, inputs: Any) -> None:
+    """Do nothing: torch's encoder layer takes its layers' bare weights without calling them, unless one has a hook."""
 
 
 def _check_name(model: nn.Module, name: str, record: Record | None) -> None:

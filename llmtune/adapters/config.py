@@ -25,9 +25,10 @@ class LoRA:
         targets: suffixes of module names (["q_proj", "v_proj"]), one regular expression that matches whole names, or
             "all-linear": every linear layer but the output head of a Hugging Face model; on a plain module, every one.
         exclude: suffixes, or one regular expression, of modules to leave out.
-        dropout: probability with which an entry of a layer's input is dropped on the way to A.
+        dropout: probability with which an entry of a linear layer's input is dropped on the way to A; embeddings have
+            no such entries, as in PEFT.
         rslora: scale by alpha / sqrt(r) instead.
-        lora_bias: train a bias beside every B.
+        lora_bias: train a bias beside every B; raises where a target is an embedding.
         rank_pattern: another rank for the modules whose name ends in a pattern (a regular expression): {"q_proj": 4}.
         alpha_pattern: the same for alpha.
         initialise: "kaiming" or "gaussian".

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers, adapter_names, attach, detach, record_of
-from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
-from llmtune.adapters.lora import LoRAEmbedding, LowRankLayer
+from llmtune.adapters.config import LoRA
+from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
+from llmtune.adapters.lora import LoRAEmbedding, LowRankLayer, lora_scaling
 from llmtune.adapters.peft_config import config_of, read_config
 from llmtune.adapters.report import LoadReport
+from llmtune.adapters.targets import pattern_value
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
+from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,7 +53,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: gather the model's shards before saving")
-    described = json.dumps(config_of(model, config, name), indent=2, sort_keys=True)
+    described = json.dumps(config_of(model, config, name), indent=2)
     folder = Path(folder) if name == "default" else Path(folder) / name
     folder.mkdir(parents=True, exist_ok=True)
     temporary = [folder / f".{file}.{os.getpid()}.tmp" for file in (WEIGHTS, CONFIG)]
@@ -69,25 +73,24 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
 
     Args:
         model: a bare model, one with other adapters, or one with this adapter attached.
-        folder: where the two files are; for another name than "default", its sub-folder of that name if there is one.
+        folder: where the two files are; for another name than "default", its sub-folder of that name, or the folder
+            itself where it holds one adapter only.
         name: what the adapter is called in the model.
         strict: raise where a tensor is missing, unexpected or of another shape; else only report it.
 
     Returns:
-        What was loaded, missing, unexpected and mismatched.
+        What was loaded, missing, unexpected and mismatched, and which patterns of the configuration match nothing here.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the configuration asks for something that is not offered here, a target is not in the model, or
-            (strict) the tensors do not fit. The model is then as it was.
+        ValueError: the configuration asks for something that is not offered here, or scales otherwise than the adapter
+            of that name that is attached; that adapter is merged; no target is in the model; the folder holds several
+            adapters and none of that name; (strict) the tensors do not fit. The model is then as it was.
     """
     from safetensors.torch import load_file
 
     model = unwrap(model)
-    folder = Path(folder)
-    inner = folder / name
-    if name != "default" and (inner / CONFIG).is_file():
-        folder = inner
+    folder = _folder_of(Path(folder), name)
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             pickled = " There is an adapter_model.bin, which is a pickle and is not read: save it as safetensors first."
@@ -95,17 +98,53 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
             raise FileNotFoundError(f"{folder} holds no {file}: give the folder that an adapter was saved into.{hint}")
     tensors = load_file(folder / WEIGHTS)
     fresh = name not in adapter_names(model)
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config, unmatched = read_config(folder / CONFIG, model, _dtype(tensors))
     if fresh:
-        attach(model, read_config(folder / CONFIG, model, _dtype(tensors)), name)
+        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):  # what attaching draws is overwritten
+            attach(model, config, name)
+    elif name in record_of(model, name).merged:
+        raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before loading into it')
+    else:
+        _check_same_scaling(model, name, config, source=folder)
     try:
-        return _fill(model, name, tensors, strict=strict, source=folder)
+        report = _fill(model, name, tensors, strict=strict, source=folder)
     except BaseException:
         if fresh:
             detach(model, name)
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
         raise
+    return replace(report, unmatched=unmatched)
+
+
+def _folder_of(folder: Path, name: str) -> Path:
+    """Return the folder an adapter's files are in; another adapter's is never taken for a mistyped name's."""
+    if name == "default":
+        return folder
+    if (folder / name / CONFIG).is_file():
+        return folder / name
+    others = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    if others:
+        raise ValueError(
+            f'{folder} holds several adapters and none called "{name}": {", ".join(others)}.'
+            f"{did_you_mean(name, others)} To load one under another name, give its own folder"
+        )
+    return folder
+
+
+def _check_same_scaling(model: nn.Module, name: str, config: LoRA, *, source: Path) -> None:
+    """Raise where the file's tensors would be scaled otherwise than they were trained; another rank shows in shapes."""
+    for place, module in named_places(model):
+        for layer in adapter_chain(module):
+            if layer.adapter_name != name or not isinstance(layer, LowRankLayer):
+                continue
+            rank = pattern_value(place, config.rank_pattern, config.rank)
+            alpha = pattern_value(place, config.alpha_pattern, config.alpha)
+            wanted = lora_scaling(alpha, rank, config.rslora)
+            if rank == layer.rank and wanted != layer.scaling:
+                raise ValueError(
+                    f'the adapter in {source} scales {place} by {wanted:g}, the attached "{name}" by '
+                    f"{layer.scaling:g}: detach it first, and loading attaches what the file describes"
+                )
 
 
 def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], *, strict: bool, source: Path) -> LoadReport:
@@ -139,14 +178,23 @@ def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the adapter's parameters by PEFT's names."""
+    """Return the adapter's parameters by PEFT's names; with train_bias="all" a tied bias by each of its names."""
     found: dict[str, Tensor] = {}
+    biases: dict[int, list[str]] = {}
+    if record_of(model, name).configs[name].train_bias == "all":
+        for place, module in named_places(model):
+            bias = bare_module(module)._parameters.get("bias")
+            if bias is not None:
+                biases.setdefault(id(bias), []).append(f"{PREFIX}{place}.bias")
     low_rank = {id(bare_module(layer)) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)}
     for place, module in named_places(model):
         layer = module
         while isinstance(layer, AdapterLayer):
             if layer.adapter_name == name:
                 found |= _layer_tensors(PREFIX + place, layer, under_lora=id(bare_module(layer)) in low_rank)
+                if isinstance(layer, TrainedBias):
+                    others = biases.get(id(bare_module(layer)._parameters["bias"]), [])
+                    found |= {key: layer.trained_bias for key in others if key != f"{PREFIX}{place}.bias"}
             layer = layer.base
     return found
 

@@ -46,7 +46,8 @@ class AdapterLayer(nn.Module):
         return {}
 
     def replacements(self) -> dict[str, Tensor]:
-        """Return those of `deltas` whose outcome is known exactly: the tensors to stand in the parameters' places."""
+        """Return what `merge` puts in place as it stands: those of `deltas` whose outcome is known exactly, and buffers
+        that have gone on in a copy."""
         return {}
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:

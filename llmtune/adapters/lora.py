@@ -33,6 +33,11 @@ def lora_change(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Te
     return F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b) * scaling
 
 
+def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
+    """Return alpha / rank, or with rsLoRA alpha / sqrt(rank)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
 class LowRankLayer(AdapterLayer):
     """What every LoRA layer shares: A [r, columns], B [rows, r], their start, and how they change the base's weight.
 
@@ -57,7 +62,7 @@ class LowRankLayer(AdapterLayer):
             raise ValueError(f"initialise must be one of {', '.join(INITIALISATIONS)}; got {initialise!r}")
         device = next((p.device for p in bare_module(base).parameters()), torch.device("cpu"))
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.scaling = lora_scaling(alpha, rank, rslora)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_a = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(rows, rank, dtype=dtype, device=device))
@@ -212,7 +217,7 @@ class LoRAEmbedding(LowRankLayer):
         lora_bias: must be False: an embedding has no bias.
 
     Raises:
-        TypeError: the base is no embedding, or one with a forward pass of its own.
+        TypeError: the base is no embedding, or one with a forward pass of its own or with `max_norm`.
         ValueError: an argument is out of range.
     """
 
@@ -225,12 +230,15 @@ class LoRAEmbedding(LowRankLayer):
     ) -> None:  # fmt: skip
         bare = bare_module(base)
         own = type(bare).forward is not nn.Embedding.forward and not hasattr(bare, "embed_scale")
-        if not isinstance(bare, nn.Embedding) or own:
+        if not isinstance(bare, nn.Embedding) or own or bare.max_norm is not None:  # max_norm rewrites rows as it reads
             raise TypeError(
-                f"LoRAEmbedding needs an nn.Embedding with the plain forward pass; got {type(bare).__name__}"
+                f"LoRAEmbedding needs an nn.Embedding with the plain forward pass and without max_norm; "
+                f"got {type(bare).__name__}"
             )
         if lora_bias:
             raise ValueError("lora_bias has no meaning for an embedding: leave embeddings out of the targets")
+        if dropout:
+            raise ValueError(f"dropout has no meaning for an embedding, a token has no entries to drop; got {dropout}")
         super().__init__(
             base, bare.num_embeddings, bare.embedding_dim, rank=rank, alpha=alpha, dropout=0.0, rslora=rslora,
             lora_bias=False, initialise=initialise, dtype=dtype, adapter_name=adapter_name,
@@ -262,6 +270,7 @@ class LoRAEmbedding(LowRankLayer):
         result: Tensor = self.base(ids)
         if not self.takes_part:
             return result
-        change = F.linear(F.embedding(ids, self.lora_a.T), self.lora_b) * self.scaling
+        rows = F.embedding(ids, self.lora_a.T, padding_idx=self.padding_idx)  # which gets no gradient, as in the base
+        change = F.linear(rows, self.lora_b) * self.scaling
         factor = getattr(bare_module(self), "embed_scale", None)
         return (result + (change if factor is None else change * factor)).to(result.dtype)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from llmtune.adapters.attach import adapter_layers, detach, record_of
 from llmtune.adapters.layer import AdapterLayer, bare_module, bare_named_parameters, named_places
 from llmtune.adapters.report import MergeReport
+from llmtune.adapters.trained_copy import TrainedCopy
 from llmtune.modules import unwrap
 
-Place = tuple[nn.Module, str]  # a bare module and the local name of one of its parameters
+Place = tuple[nn.Module, str]  # a bare module and the local name of one of its parameters or buffers
 
 
 @torch.no_grad()
@@ -33,7 +34,8 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
 
     Raises:
         ValueError: there is no such adapter; it is merged already; a weight is tied, or not floating (quantised); the
-            change is not finite; a bias is trained where the base has none. Nothing has been changed then.
+            change is not finite or too large for the weight's dtype; a bias is trained where the base has none; the
+            adapter is switched off. Nothing has been changed then.
     """
     model = unwrap(model)
     record = record_of(model, name)
@@ -42,6 +44,11 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
     if record.merged and not keep_base:
         raise ValueError(
             f'adapter "{record.merged[-1]}" is merged: merge with keep_base=True, or unmerge that one first'
+        )
+    if not all(layer.active for layer in adapter_layers(model, name)):
+        raise ValueError(
+            f'adapter "{name}" is switched off, and merging it would change what the model gives: switch it on first '
+            "(set_active)"
         )
     names = _place_names(model)
     changes = _changes(model, name, names)
@@ -52,15 +59,16 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
             f"{names[shared[0]]} shares its storage with another parameter (tied weights), which would change too: "
             "pass untie=True to give it storage of its own"
         )
-    first_names = {parameter: bare for bare, parameter in bare_named_parameters(model)}
-    kept: dict[Place, tuple[nn.Parameter, Tensor | None]] = {}
+    first_names = {id(parameter): bare for bare, parameter in bare_named_parameters(model)}
+    kept: dict[Place, tuple[Tensor, Tensor | None]] = {}
     rounding = 0.0
     for place in list(changes):
         parameter, merged = _parameter(place), changes.pop(place)
         kept[place] = (parameter, parameter.detach().cpu().clone() if keep_base else None)
         if place in shared:
             _set(place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-            record.requires_grad.setdefault(names[place], record.requires_grad[first_names[parameter]])
+            for flags in record.flags.values():
+                flags.setdefault(names[place], flags.get(first_names[id(parameter)], parameter.requires_grad))
         exact = merged()
         _parameter(place).copy_(exact)
         rounding = max(rounding, float((_parameter(place).to(exact.dtype) - exact).abs().max()))
@@ -127,14 +135,28 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place
             if not bool(delta.isfinite().all()):
                 raise ValueError(f"the change of {names[place]} is not finite: nothing has been merged")
             by_place[place].append((layer, local))
-    return {place: _merged(_parameter(place), layers) for place, layers in by_place.items()}
+        if isinstance(layer, TrainedCopy):  # a norm's running statistics, say, have gone on with the copy
+            by_place |= {_place(bare, local): [(layer, local)] for local, _ in layer.copy.named_buffers()}
+    changes = {place: _merged(_parameter(place), layers) for place, layers in by_place.items()}
+    for place, value in changes.items():
+        _check_fits(names[place], _parameter(place), value)
+    return changes
 
 
-def _merged(parameter: nn.Parameter, layers: list[tuple[AdapterLayer, str]]) -> Any:
+def _check_fits(name: str, parameter: Tensor, value: Any) -> None:
+    """Raise where the merged value is too large for a dtype with a smaller range than float32's."""
+    if parameter.is_floating_point() and torch.finfo(parameter.dtype).max < torch.finfo(torch.float32).max:
+        fits = value().to(parameter.dtype).isfinite() | ~parameter.isfinite()
+        if not bool(fits.all()):
+            raise ValueError(f"the merged {name} is too large for {parameter.dtype}: nothing has been merged")
+
+
+def _merged(parameter: Tensor, layers: list[tuple[AdapterLayer, str]]) -> Any:
     def value() -> Tensor:
         replaced = [layer.replacements()[local] for layer, local in layers if local in layer.replacements()]
         if replaced and len(layers) == 1:
-            return replaced[0].to(torch.promote_types(replaced[0].dtype, torch.float32))
+            found = replaced[0]
+            return found.to(torch.promote_types(found.dtype, torch.float32)) if found.is_floating_point() else found
         wide = torch.promote_types(parameter.dtype, torch.float32)
         return parameter.to(wide) + sum(layer.deltas()[local].to(wide) for layer, local in layers)
 
@@ -145,7 +167,7 @@ def _place_names(model: nn.Module) -> dict[Place, str]:
     return {
         (bare_module(module), local): f"{place}.{local}" if place else local
         for place, module in named_places(model)
-        for local, parameter in bare_module(module)._parameters.items()
+        for local, parameter in (*bare_module(module)._parameters.items(), *bare_module(module)._buffers.items())
         if parameter is not None
     }
 
@@ -155,9 +177,9 @@ def _place(bare: nn.Module, local: str) -> Place:
     return bare.get_submodule(inner), last
 
 
-def _parameter(place: Place) -> nn.Parameter:
+def _parameter(place: Place) -> Tensor:
     module, local = place
-    parameter = module._parameters[local]
+    parameter = module._parameters[local] if local in module._parameters else module._buffers[local]
     assert parameter is not None
     return parameter
 
@@ -172,6 +194,8 @@ def _tied(names: dict[Place, str]) -> set[Place]:
     by_storage: dict[int, list[Place]] = defaultdict(list)
     for place in names:
         parameter = _parameter(place)
+        if not isinstance(parameter, nn.Parameter):
+            continue
         by_storage[parameter.untyped_storage().data_ptr() or id(parameter)].append(place)
     return {place for places in by_storage.values() if len(places) > 1 for place in places}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ import torch
 from torch import nn
 
 from llmtune.adapters.attach import adapter_layers
-from llmtune.adapters.config import LoRA
+from llmtune.adapters.config import LoRA, Targets
 from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.lora import LowRankLayer
-from llmtune.adapters.targets import ALL_LINEAR, ends_in, is_conv1d
+from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
 from llmtune.adapters.trained_copy import TrainedCopy
 
 # What PEFT writes for a plain LoRA beside the entries that a record decides. Another value than these asks for a method
@@ -35,11 +37,14 @@ OWN = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
     "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
 }  # fmt: skip
+# How PEFT drew the start, without touching the base: of no consequence once the tensors are read.
+STARTS = (True, False, "gaussian", "orthogonal", "eva")
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
 def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
-    """Return the entries of `adapter_config.json` for an attached adapter.
+    """Return the entries of `adapter_config.json` for an attached adapter, sorted; patterns keep their order, the first
+    that fits decides.
 
     Args:
         model: the model it is attached to.
@@ -50,7 +55,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
     task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
     transposed = [is_conv1d(layer) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
     excludes = config.exclude if isinstance(config.exclude, str) else sorted(config.exclude)
-    return PLAIN | {
+    entries = PLAIN | {
         "alpha_pattern": dict(config.alpha_pattern),
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -72,10 +77,15 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "task_type": task,
         "use_rslora": config.rslora,
     }
+    return dict(sorted(entries.items()))
 
 
-def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> LoRA:
-    """Return the LoRA record that a PEFT configuration describes.
+def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> tuple[LoRA, tuple[str, ...]]:
+    """Return the LoRA record that a PEFT configuration describes on a model, and the patterns in it that mean nothing
+    there.
+
+    PEFT's own files hold such patterns ("classifier" and "score" for every classifier), so they are left out here and
+    reported; the tensors tell whether anything is amiss.
 
     Args:
         path: the `adapter_config.json`.
@@ -98,12 +108,12 @@ def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> LoRA:
         if key not in OWN | ASIDE and not unset and (key not in PLAIN or value != PLAIN[key]):
             raise ValueError(f"{path}: {key}={json.dumps(value)} asks for something that is not offered here")
     start = read.get("init_lora_weights", True)
-    if start not in (True, False, "gaussian"):
+    if start not in STARTS:
         raise ValueError(
             f"{path}: init_lora_weights={start!r} changed the base weights, which are not in the file. Convert the "
             "adapter to a plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    return LoRA(
+    config = LoRA(
         rank=read.get("r", 8),
         alpha=read.get("lora_alpha", 8),
         targets=_names(read.get("target_modules") or ()),
@@ -111,13 +121,18 @@ def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> LoRA:
         dropout=read.get("lora_dropout", 0.0),
         rslora=read.get("use_rslora", False),
         lora_bias=read.get("lora_bias", False),
-        rank_pattern=read.get("rank_pattern") or {},
-        alpha_pattern=read.get("alpha_pattern") or {},
         initialise="gaussian" if start == "gaussian" else "kaiming",
         train_bias=read.get("bias", "none"),
-        train_modules=_ending_in(model, read.get("modules_to_save") or ()),
+        rank_pattern=read.get("rank_pattern") or {},
+        alpha_pattern=read.get("alpha_pattern") or {},
+        train_modules=tuple(read.get("modules_to_save") or ()),
         dtype=dtype,
     )
+    return _fitted(config, model)
+
+
+def _names(value: Any) -> Targets:
+    return value if isinstance(value, str) else tuple(value)
 
 
 def _copied(model: nn.Module, name: str) -> list[str]:
@@ -126,15 +141,50 @@ def _copied(model: nn.Module, name: str) -> list[str]:
     return sorted(place for place, module in named_places(model) if id(bare_module(module)) in copied)
 
 
-def _ending_in(model: nn.Module, ends: Sequence[str]) -> tuple[str, ...]:
-    places = [place for place, _ in named_places(model) if place]
-    found = [place for place in places if any(place.endswith(end) for end in ends)]
-    unknown = [end for end in ends if not any(place.endswith(end) for place in places)]
-    return (*found, *unknown)  # attaching says of an unknown one that it matches nothing
+def _fitted(config: LoRA, model: nn.Module) -> tuple[LoRA, tuple[str, ...]]:
+    """Return the record without the patterns that match nothing on the model, and those patterns.
+
+    Where no target matches anything they are all left, and attaching says so.
+    """
+    places = dict(named_places(model))
+    names = [place for place in places if place]
+    idle: list[str] = []
+
+    def used(key: str, given: Targets, among: Sequence[str], matches: Callable[[str, str], bool]) -> list[str]:
+        patterns = [given] if isinstance(given, str) else list(given)
+        kept = [pattern for pattern in patterns if any(matches(pattern, name) for name in among)]
+        idle.extend(f"{key} {pattern}" for pattern in patterns if pattern not in kept)
+        return kept
+
+    targets: Targets = linear_places(model, places) if config.targets == ALL_LINEAR else config.targets
+    kept = used("target_modules", targets, names, _rule(targets))
+    found = [name for name in names if any(_rule(targets)(pattern, name) for pattern in kept)]
+    if targets and not found:
+        return config, ()
+    excluding = used("exclude_modules", config.exclude, found, _rule(config.exclude))
+    out = [name for name in found if any(_rule(config.exclude)(pattern, name) for pattern in excluding)]
+    ends = used("modules_to_save", config.train_modules, names, lambda end, name: name.endswith(end))
+    copied = [name for name in names if any(name.endswith(end) for end in ends)]
+    adapted = [name for name in found if name not in out and not inside(name, copied)]
+    ranks = used("rank_pattern", tuple(config.rank_pattern), adapted, fits)
+    alphas = used("alpha_pattern", tuple(config.alpha_pattern), adapted, fits)
+    if len(adapted) < len(found) - len(out):  # PEFT quietly leaves out what lies in modules_to_save
+        kept, excluding = adapted, []
+        targets = ()
+    return replace(
+        config,
+        targets=targets if isinstance(targets, str) else tuple(kept),
+        exclude=config.exclude if excluding and isinstance(config.exclude, str) else tuple(excluding),
+        train_modules=tuple(copied),
+        rank_pattern={pattern: config.rank_pattern[pattern] for pattern in ranks},
+        alpha_pattern={pattern: config.alpha_pattern[pattern] for pattern in alphas},
+    ), tuple(idle)
 
 
-def _names(value: Any) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else tuple(value)
+def _rule(patterns: Targets) -> Callable[[str, str], bool]:
+    if isinstance(patterns, str):
+        return lambda pattern, name: re.fullmatch(pattern, name) is not None
+    return lambda pattern, name: ends_in(name, pattern)
 
 
 def _written_targets(model: nn.Module, config: LoRA, name: str) -> str | list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmtune.adapters.config import LoRA
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
@@ -14,6 +15,7 @@ from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.targets import (
     ALL_LINEAR,
     check_patterns_used,
+    inside,
     is_conv1d,
     linear_places,
     matching,
@@ -62,19 +64,18 @@ def plan_lora(model: nn.Module, config: LoRA, name: str) -> Plan:
     places = dict(named_places(model))
     names = [place for place in places if place]
     plan = Plan()
-    plan.adapted = _adapted(model, config, places, names, plan)
     copied = matching(list(config.train_modules), names, what="train_modules") if config.train_modules else {}
     plan.copied = list(dict.fromkeys(place for found in copied.values() for place in found))
-    for place in (*plan.adapted, *plan.copied):
-        _check_free(place, places[place], plan, trains_whole=place in plan.copied)
+    plan.adapted = _adapted(model, config, places, names, plan)
     _check_ties(places, plan.adapted)
     check_patterns_used(config.rank_pattern, plan.adapted, what="rank_pattern")
     check_patterns_used(config.alpha_pattern, plan.adapted, what="alpha_pattern")
     if config.train_bias != "none":
         plan.biases = _bias_places(config, places, plan)
+    _check_free(places, plan)
     heads = {id(bare_module(head)) for head in task_heads(model)}
     plan.heads = [place for place, module in places.items() if id(bare_module(module)) in heads]
-    plan.heads = [place for place in plan.heads if place not in plan.adapted and not _inside(place, plan.copied)]
+    plan.heads = [place for place in plan.heads if place not in plan.adapted and not inside(place, plan.copied)]
     plan.builders = [
         *((place, lambda base: TrainedBias(base, adapter_name=name)) for place in plan.biases),
         *((place, lambda base: TrainedCopy(base, adapter_name=name)) for place in plan.copied),
@@ -87,7 +88,7 @@ def _adapted(
     model: nn.Module, config: LoRA, places: Mapping[str, nn.Module], names: list[str], plan: Plan
 ) -> list[str]:
     if config.targets == ALL_LINEAR:
-        found = {ALL_LINEAR: linear_places(model, places)}
+        found = {ALL_LINEAR: [place for place in linear_places(model, places) if not inside(place, plan.copied)]}
         if not found[ALL_LINEAR]:
             if bare_module(model) is not model or _kind(model) is not None:
                 raise ValueError(
@@ -98,6 +99,13 @@ def _adapted(
     else:
         found = matching(config.targets, names, what="targets") if config.targets else {}
     excluded = matching(config.exclude, names, what="exclude") if config.exclude else {}
+    named = {place for some in found.values() for place in some}
+    for pattern, some in excluded.items():
+        if not named.intersection(some):
+            raise ValueError(
+                f'exclude: "{pattern}" leaves out nothing: it matches {some[0]}, which targets does not name. The name '
+                "of a module does not stand for those inside it; an expression does"
+            )
     out = {place for some in excluded.values() for place in some}
     plan.counts = {pattern: sum(place not in out for place in some) for pattern, some in found.items()}
     wanted = list(dict.fromkeys(place for some in found.values() for place in some if place not in out))
@@ -126,6 +134,13 @@ def _builder(place: str, module: nn.Module, config: LoRA, name: str) -> Build:
             f"{place} is a {type(bare_module(module)).__name__}: LoRA goes to linear layers, Conv1D and embeddings. "
             "Name it in train_modules to train it whole, or narrow the targets"
         )
+    if isinstance(bare_module(module), NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{place} belongs to nn.MultiheadAttention, which takes its weight without calling it, so an adapter there "
+            "would do nothing: exclude it"
+        )
+    if config.lora_bias and kind is LoRAEmbedding:
+        raise ValueError(f"lora_bias has no meaning for {place}, an embedding: leave it out of the targets")
     rank = pattern_value(place, config.rank_pattern, config.rank)
     alpha = pattern_value(place, config.alpha_pattern, config.alpha)
     largest = min(_sizes(bare_module(module)))
@@ -134,8 +149,8 @@ def _builder(place: str, module: nn.Module, config: LoRA, name: str) -> Build:
 
     def build(base: nn.Module) -> AdapterLayer:
         return kind(
-            base, rank=rank, alpha=alpha, dropout=config.dropout, rslora=config.rslora,
-            lora_bias=config.lora_bias and kind is not LoRAEmbedding, initialise=config.initialise, dtype=config.dtype,
+            base, rank=rank, alpha=alpha, dropout=0.0 if kind is LoRAEmbedding else config.dropout,
+            rslora=config.rslora, lora_bias=config.lora_bias, initialise=config.initialise, dtype=config.dtype,
             adapter_name=name,
         )  # fmt: skip
 
@@ -153,7 +168,7 @@ def _bias_places(config: LoRA, places: Mapping[str, nn.Module], plan: Plan) -> l
         return [place for place in plan.adapted if adds_bias_last(bare_module(places[place]))]
     covered: dict[int, str] = {}
     for place, module in places.items():
-        if place and adds_bias_last(bare_module(module)) and not _inside(place, plan.copied):
+        if place and adds_bias_last(bare_module(module)) and not inside(place, plan.copied):
             covered.setdefault(id(bare_module(module).bias), place)
     for place, module in places.items():
         for local, parameter in bare_module(module)._parameters.items():
@@ -161,7 +176,7 @@ def _bias_places(config: LoRA, places: Mapping[str, nn.Module], plan: Plan) -> l
                 parameter is not None
                 and "bias" in local
                 and id(parameter) not in covered
-                and not _inside(place, plan.copied)
+                and not inside(place, plan.copied)
             ):
                 raise TypeError(
                     f'train_bias="all" cannot train {place}.{local} of a {type(bare_module(module)).__name__}: '
@@ -170,14 +185,27 @@ def _bias_places(config: LoRA, places: Mapping[str, nn.Module], plan: Plan) -> l
     return list(covered.values())
 
 
-def _check_free(place: str, module: nn.Module, plan: Plan, *, trains_whole: bool) -> None:
-    chain = adapter_chain(module)
-    if (trains_whole and chain) or any(isinstance(layer, TrainedCopy) for layer in chain):
-        raise ValueError(
-            f'{place} already belongs to adapter "{chain[0].adapter_name}" and cannot be trained whole by one as well'
-        )
-    if not trains_whole and _inside(place, plan.copied):
-        raise ValueError(f"{place} is named both in targets and in train_modules: exclude it from one of them")
+def _check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
+    """A module trained whole runs instead of the base and all that is inside it, so it belongs to one adapter alone."""
+    carrying = {place: chain for place, module in places.items() if (chain := adapter_chain(module))}
+    whole = [place for place, chain in carrying.items() if any(isinstance(layer, TrainedCopy) for layer in chain)]
+    for place in (*plan.adapted, *plan.biases, *plan.copied):
+        taken = [other for other in whole if inside(place, [other])]
+        if place in plan.copied:
+            taken += [other for other in carrying if inside(other, [place])]
+        if taken:
+            owner = carrying[taken[0]][0].adapter_name
+            also = "" if taken[0] == place else f" ({taken[0]})"
+            raise ValueError(
+                f'{place} already belongs to adapter "{owner}"{also} and cannot be trained whole by one as well'
+            )
+    for place in plan.adapted:
+        if inside(place, plan.copied):
+            raise ValueError(f"{place} is named both in targets and in train_modules: exclude it from one of them")
+    for place in plan.copied:
+        outer = [other for other in plan.copied if other != place and inside(place, [other])]
+        if outer:
+            raise ValueError(f"train_modules names {outer[0]} and {place} inside it: the outer one is trained whole")
 
 
 def _check_ties(places: Mapping[str, nn.Module], adapted: list[str]) -> None:
@@ -193,7 +221,3 @@ def _check_ties(places: Mapping[str, nn.Module], adapted: list[str]) -> None:
                 f"{named[0]} shares its weight with {', '.join(p for p in tied if p not in named)}, and the model "
                 "may call only those: target those too"
             )
-
-
-def _inside(place: str, outer: list[str]) -> bool:
-    return any(place == other or place.startswith(other + ".") for other in outer)

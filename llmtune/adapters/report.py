@@ -76,6 +76,7 @@ class LoadReport(_Shown):
         missing: tensors the adapter has and the file has not.
         unexpected: tensors the file has and the adapter has not.
         mismatched: tensors whose shapes differ, with both shapes.
+        unmatched: patterns of the file's configuration that match no module of this model.
     """
 
     name: str
@@ -83,10 +84,11 @@ class LoadReport(_Shown):
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f'adapter "{self.name}": {self.loaded} tensors loaded']
-        for what in ("missing", "unexpected", "mismatched"):
+        for what in ("missing", "unexpected", "mismatched", "unmatched"):
             names = getattr(self, what)
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""

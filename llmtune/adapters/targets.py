@@ -38,6 +38,11 @@ def matching(patterns: str | Sequence[str], names: Sequence[str], *, what: str) 
         else:
             found[pattern] = [name for name in names if ends_in(name, pattern)]
         if not found[pattern]:
+            if isinstance(patterns, str) and any(ends_in(name, pattern) for name in names):
+                raise ValueError(
+                    f'{what}: the string "{pattern}" is a regular expression for whole names and matches none; names '
+                    f'do end in it: give the list ["{pattern}"]'
+                )
             kind = "no module's whole name" if isinstance(patterns, str) else "no module's name or its end"
             raise ValueError(f'{what}: "{pattern}" matches {kind} in this model.{did_you_mean(pattern, _ends(names))}')
     return found
@@ -46,7 +51,7 @@ def matching(patterns: str | Sequence[str], names: Sequence[str], *, what: str) 
 def pattern_value(name: str, patterns: Mapping[str, Any], otherwise: Any) -> Any:
     """Return the value of the first pattern that the end of `name` matches, PEFT's rule for rank and alpha patterns."""
     for pattern, value in patterns.items():
-        if _fits(pattern, name):
+        if fits(pattern, name):
             return value
     return otherwise
 
@@ -54,7 +59,7 @@ def pattern_value(name: str, patterns: Mapping[str, Any], otherwise: Any) -> Any
 def check_patterns_used(patterns: Iterable[str], names: Sequence[str], *, what: str) -> None:
     """Raise ValueError where a pattern fits none of the adapted modules' names."""
     for pattern in patterns:
-        if not any(_fits(pattern, name) for name in names):
+        if not any(fits(pattern, name) for name in names):
             raise ValueError(
                 f'{what}: "{pattern}" fits none of the adapted modules.{did_you_mean(pattern, _ends(names))}'
             )
@@ -103,7 +108,13 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _fits(pattern: str, name: str) -> bool:
+def inside(name: str, outer: Iterable[str]) -> bool:
+    """Return whether a module's name is one of `outer` or lies within one of them."""
+    return any(name == other or name.startswith(other + ".") for other in outer)
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Return whether a rank or alpha pattern fits the end of a module's name, from a dot on."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 

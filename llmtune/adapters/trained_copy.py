@@ -36,8 +36,8 @@ class TrainedCopy(AdapterLayer):
         return {name: _wide(p) - _wide(originals[name]) for name, p in self.copy.named_parameters()}
 
     def replacements(self) -> dict[str, Tensor]:
-        """Return the copy's parameters by their names in the module; see `AdapterLayer`."""
-        return dict(self.copy.named_parameters())
+        """Return the copy's parameters and buffers by their names in the module; see `AdapterLayer`."""
+        return {**dict(self.copy.named_parameters()), **dict(self.copy.named_buffers())}
 
     def __getattr__(self, name: str) -> Any:
         """Return what the module that is in use has under this name: code around it may ask for its weight."""

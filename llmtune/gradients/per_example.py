@@ -163,12 +163,13 @@ class ExampleGradients:
         """Yield (which examples, those as one batch, a tape to enter for their forward pass)."""
         if len(examples) > 1 and not self.checked and self.method != "loop":
             self._choose(examples)
-        stacked = stack_examples(list(examples)) if len(examples) > 1 and self.method == "hooks" else None
-        if stacked is not None:
-            yield list(range(len(examples))), stacked, HookTape(self.model, self.parameters, len(examples))
-            return
-        for index, example in enumerate(examples):
-            yield [index], example, LoopTape(self.parameters)
+        for group in _neighbours(examples) if self.method == "hooks" else [[index] for index in range(len(examples))]:
+            stacked = stack_examples([examples[index] for index in group]) if len(group) > 1 else None
+            if stacked is not None:
+                yield group, stacked, HookTape(self.model, self.parameters, len(group))
+                continue
+            for index in group:
+                yield [index], examples[index], LoopTape(self.parameters)
 
     def _choose(self, examples: Sequence[Batch]) -> None:
         """Settle on hooks or the loop, by two examples run both ways."""
@@ -208,9 +209,8 @@ class ExampleGradients:
             want = torch.cat([one[name] for one in looped])
             own, rest = (1e-3, 1e-6) if parameter.dtype in (torch.float32, torch.float64) else (0.1, 1e-2)
             off = float((hooked[name] - want).abs().max())
-            if (
-                not off <= own * float(want.abs().max()) + rest * largest
-            ):  # a gradient that is 0 but for rounding may differ
+            allowed = own * float(want.abs().max()) + rest * largest  # a gradient that is 0 but for rounding may differ
+            if not off <= allowed:
                 raise UnsupportedModuleError(f"the gradient of {name} is off by {off:.2g} from the loop's")
 
 
@@ -221,6 +221,18 @@ def _collect(
     for name, rows, piece in tape.gradients(score):
         found[name][rows] = piece.float()
     return found
+
+
+def _neighbours(examples: Sequence[Batch]) -> list[list[int]]:
+    """Return the examples' numbers in groups of neighbours, none of which is more than half padding."""
+    groups: list[list[int]] = []
+    for index, example in enumerate(examples):
+        lengths = [_tokens(examples[other]) for other in (groups[-1] if groups else [])] + [_tokens(example)]
+        if groups and len(lengths) * max(lengths) <= 2 * sum(lengths):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def _tokens(example: Batch) -> int:

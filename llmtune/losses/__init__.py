@@ -6,6 +6,7 @@ from llmtune.losses.cross_entropy import linear_cross_entropy
 from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
 from llmtune.losses.head import Head, hidden_before_head, model_inputs
 from llmtune.losses.masked_lm import MaskedLMLoss, masked_lm_loss
+from llmtune.losses.packed import check_documents_apart, document_leak
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss, sequence_to_sequence_loss
 from llmtune.losses.token_loss import head_cross_entropy
 
@@ -16,7 +17,9 @@ __all__ = [
     "MaskedLMLoss",
     "SequenceToSequenceLoss",
     "causal_lm_loss",
+    "check_documents_apart",
     "classification_loss",
+    "document_leak",
     "head_cross_entropy",
     "hidden_before_head",
     "kl_divergence",

@@ -57,7 +57,7 @@ class CausalLMLoss:
                 found, or the model adds to its loss what is not in its logits.
         """
         targets = token_labels(batch)[:, 1:]
-        check_language_model(model)
+        check_language_model(model, causal=True)
         hidden, head = hidden_before_head(model, batch)
         T = targets.shape[1] + 1  # counted from the end: prompt tuning puts virtual tokens before the first
         return head_cross_entropy(

@@ -66,21 +66,29 @@ def head_cross_entropy(
     return torch.stack(parts).sum() / len(wanted)
 
 
-def check_language_model(model: nn.Module, *, encoder_decoder: bool = False) -> None:
+def check_language_model(model: nn.Module, *, encoder_decoder: bool = False, causal: bool = False) -> None:
     """Raise where a loss of the head's logits would not be the loss the model stands for.
 
     Args:
         model: the model to train, wrapped or not.
         encoder_decoder: whether the loss is for encoder-decoders.
+        causal: whether the loss has each token predict the next.
 
     Raises:
         ValueError: the model is an encoder-decoder and the loss is not for such (some then make up decoder inputs from
-            the encoder's); or its configuration asks for a router's balancing loss, which is not in the logits.
+            the encoder's); the loss is causal and the model sees the tokens it would predict; or its configuration
+            asks for a router's balancing loss, which is not in the logits.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)
     if getattr(config, "is_encoder_decoder", False) and not encoder_decoder:
         raise ValueError(f"{type(inner).__name__} is an encoder-decoder: use sequence_to_sequence_loss")
+    generates, head = getattr(inner, "can_generate", None), getattr(inner, "get_output_embeddings", None)
+    if causal and callable(generates) and not generates() and callable(head) and head() is not None:
+        raise ValueError(
+            f"{type(inner).__name__} sees the tokens after a place as well, so predicting the next teaches it nothing: "
+            "use masked_lm_loss, or load the model as a causal one (AutoModelForCausalLM)"
+        )
     if getattr(config, "output_router_logits", False):
         raise ValueError(
             f"{type(inner).__name__} is configured with output_router_logits=True, which adds a balancing loss of its "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtune.errors import NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
+from llmtune.losses.packed import check_documents_apart, is_packed
 from llmtune.modules import eval_mode
 from llmtune.types import Batch
 
@@ -29,7 +30,8 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
         1 or more; infinite where the mean is too large for a float.
 
     Raises:
-        ValueError: there is no target: no batches, or all labels are -100.
+        ValueError: there is no target: no batches, or all labels are -100; or packed documents see each other in this
+            model.
         NonFiniteError: the loss of a batch is NaN; says which.
         TypeError: `batches` is a single batch.
 
@@ -42,13 +44,16 @@ def perplexity(model: nn.Module, batches: Iterable[Batch]) -> float:
     if isinstance(batches, Mapping):
         raise TypeError("batches must be a list, or another iterable, of batches; got a single one")
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    total, count, tried = 0.0, 0, False
     with eval_mode(model), torch.no_grad():
         for index, batch in enumerate(batches):
             targets = causal_lm_loss.count_targets(batch)
             if targets == 0:
                 continue
             moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            if not tried and is_packed(batch):
+                check_documents_apart(model, moved)
+                tried = True
             loss = causal_lm_loss(model, moved).item()
             if math.isnan(loss):
                 raise NonFiniteError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmtune.training.packed import document_leak
+from llmtune.losses.packed import document_leak
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,6 +23,7 @@ def check_adapter(make: Callable[[nn.Linear], nn.Module]) -> None:
     - true gradients: in float64 the gradients of all trained parameters and of the input agree with finite differences;
     - quiet in eval: two forward passes in eval mode agree bit for bit;
     - nothing shared: two adapters made alike share no storage, and trained parameters none with the base;
+    - kept whole: one made anew that loads the other's `state_dict()` gives the same output, bit for bit;
     - off is off: with `active = False` (where the module has it) the output is the base's, bit for bit;
     - honest change: with `deltas()` (where it has it), base weights plus deltas give the adapter's output.
 
@@ -42,6 +43,7 @@ def check_adapter(make: Callable[[nn.Linear], nn.Module]) -> None:
         _true_gradients(make)
         _quiet_in_eval(make)
         _nothing_shared(make)
+        _kept_whole(make)
         _off_is_off(make)
         _honest_change(make)
 
@@ -148,6 +150,13 @@ def _nothing_shared(make: Callable[[nn.Linear], nn.Module]) -> None:
             raise LawBroken(f"nothing shared: {name} of one adapter lies in the storage of {first[storage]} of another")
     if {id(p) for p in _trained(one).values()} & {id(p) for p in _trained(other).values()}:
         raise LawBroken("nothing shared: two adapters hold the same parameter")
+
+
+def _kept_whole(make: Callable[[nn.Linear], nn.Module]) -> None:
+    base, x = _linear(), _input()
+    one, other = _moved(make(copy.deepcopy(base))).eval(), make(copy.deepcopy(base)).eval()
+    other.load_state_dict(one.state_dict())
+    _same(other(x), one(x), "kept whole: the output after load_state_dict")
 
 
 def _off_is_off(make: Callable[[nn.Linear], nn.Module]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmtune.errors import NonFiniteError
@@ -19,6 +20,19 @@ def check_rows(rows: Any, what: str) -> None:
         raise TypeError(f"{what} must be rows with a length and an index (a list, a PackedDataset); got {kind}")
     if len(rows) == 0:
         raise ValueError(f"{what} is empty: there are no rows to go through")
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Raise ValueError where no parameter requires a gradient, or one that does is float16."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient: attach an adapter, or unfreeze some")
+    half = [name for name, parameter in trained.items() if parameter.dtype == torch.float16]
+    if half:
+        raise ValueError(
+            f"{half[0]} is trained in float16, which one step of the optimizer can overflow: load the model in float32 "
+            'and give precision="fp16", or train an adapter, which is float32 by itself'
+        )
 
 
 def loss_and_parts(result: Any, *, trained: bool = True) -> tuple[Tensor, Mapping[str, Any]]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from llmtune.data.collate import collate_packed
 from llmtune.losses.causal_lm import causal_lm_loss
+from llmtune.losses.packed import check_documents_apart
 from llmtune.modules import eval_mode, train_mode
-from llmtune.training.checks import check_finite, check_rows, loss_and_parts, mean_by_name, real_tokens
+from llmtune.training.checks import check_finite, check_rows, check_trainable, loss_and_parts, mean_by_name, real_tokens
 from llmtune.training.history import History
 from llmtune.training.optimizer import adamw_with_schedule
-from llmtune.training.packed import check_documents_apart
 from llmtune.training.progress import Progress
 from llmtune.training.randomness import fixed_randomness, rows_of_step, seed_everything
 from llmtune.training.resume import load_newest, refuse_used_folder, run_state, save_run, take_back
@@ -76,8 +76,7 @@ class TrainingLoop:
             check_rows(eval_data, "eval_data")
         elif settings.eval_every is not None:
             raise ValueError(f"eval_every={settings.eval_every} needs eval_data; none was given")
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("no parameter of the model requires a gradient: attach an adapter, or unfreeze some")
+        check_trainable(model)
         self.model, self.train_data, self.eval_data = model, train_data, eval_data
         self.settings, self.collate, self.loss = settings, collate, loss
         self.penalties = list(penalties)

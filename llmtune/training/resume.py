@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.adapters.attach import adapter_names, record_of
 from llmtune.errors import CheckpointError
 from llmtune.modules import unwrap
 from llmtune.training.checkpoint import fingerprint, list_checkpoints, newest_valid, write_checkpoint
@@ -71,6 +73,7 @@ def run_state(loop: TrainingLoop) -> dict[str, Any]:
     return {
         "step": loop.step,
         "run": {"rows": len(loop.train_data), "settings": loop.settings.what_changes_the_result()},
+        "adapters": _adapters(model),
         "shapes": {name: _shape(parameter) for name, parameter in model.named_parameters()},
         "frozen": {name: fingerprint(p) for name, p in model.named_parameters() if not p.requires_grad},
         "model": dict(_changing(model)),
@@ -90,10 +93,11 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
         CheckpointError: the model, the data or a setting is another; the sentence names the first difference.
     """
     model = unwrap(loop.model)
-    missing = sorted({"step", "run", "shapes", "frozen", "model", "optimizer", "random"} - set(state))
+    missing = sorted({"step", "run", "adapters", "shapes", "frozen", "model", "optimizer", "random"} - set(state))
     if missing:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is not one of a TrainingLoop")
     _same_model(model, state)
+    _same_adapters(_adapters(model), state["adapters"])
     _same_run(loop, state["run"])
     watchers = _watchers(loop)
     saved = [name for name, _ in state["watchers"]]
@@ -147,6 +151,23 @@ def _same_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     if set(own) != set(state["model"]):
         name = sorted(set(own) ^ set(state["model"]))[0]
         raise CheckpointError(f"the tensor {name} is in the {'model' if name in own else 'checkpoint'} only")
+
+
+def _same_adapters(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    for name in (*now, *then):
+        for field in (*now.get(name, {"attached": True}), *then.get(name, {"attached": True})):
+            here, there = now.get(name, {}).get(field), then.get(name, {}).get(field)
+            if here != there:
+                raise CheckpointError(f'adapter "{name}" has {field}={here} now and had {field}={there} in the run')
+
+
+def _adapters(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return every adapter's configuration: the tensors' shapes do not tell its scaling."""
+    configs = {name: record_of(model, name).configs[name] for name in adapter_names(model)}
+    return {
+        name: {field.name: repr(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        for name, config in configs.items()
+    }
 
 
 def _same_run(loop: TrainingLoop, run: Mapping[str, Any]) -> None:

@@ -69,6 +69,8 @@ class LoopSettings:
             )
         if not isinstance(self.warmup_steps, int):
             raise ValueError(f"warmup_steps must be a whole number of steps; got {self.warmup_steps!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0; got {self.seed!r}")
         counts = ("max_steps", "epochs", "rows_per_step", "rows_per_micro_batch", "save_every", "eval_every",
                   "keep", "log_every")  # fmt: skip
         for name in counts:

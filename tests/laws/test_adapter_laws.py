@@ -97,6 +97,11 @@ class LooksAtBase(Plain):
         return super().forward(x) + 0 * self.extra.sum().to(x.dtype)
 
 
+class ForgetsItsScaling(Plain):
+    def __init__(self, base):
+        super().__init__(base, scaling=float(torch.rand(())))
+
+
 class StaysOn(LoRALinear):
     @property
     def takes_part(self):
@@ -125,6 +130,7 @@ class Frozen(Plain):
         (AlwaysDrops, "true gradients|quiet in eval"),
         (Shares, "nothing shared: two adapters hold the same parameter|storage"),
         (LooksAtBase, "the base stays|lies in the base's storage"),
+        (ForgetsItsScaling, "kept whole: the output after load_state_dict: off by"),
         (partial(StaysOn, rank=3, alpha=5), "off is off: off by"),
         (partial(WrongDelta, rank=3, alpha=5), "honest change"),
     ],

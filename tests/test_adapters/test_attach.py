@@ -253,3 +253,112 @@ def test_the_formula_by_hand():
         layer.lora_b.copy_(torch.tensor([[7.0], [11.0]]))
     assert layer(torch.tensor([1.0, 2.0])).tolist() == [8 * 7 * 13, 8 * 11 * 13]
     assert layer.deltas()["weight"].tolist() == [[168.0, 280.0], [264.0, 440.0]]
+
+
+def test_an_exclude_that_leaves_out_nothing_is_refused():
+    with pytest.raises(ValueError, match=r'exclude: "layers.0" leaves out nothing: it matches model.layers.0, which'):
+        attach(tiny_llama(), LoRA(rank=2, alpha=3, targets=["q_proj"], exclude=["layers.0"]))
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"], exclude=r".*layers\.0\..*"))
+    assert adapted(model) == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_suffix_given_as_a_string_is_told():
+    with pytest.raises(
+        ValueError, match=r'"q_proj" is a regular expression for whole names .* give the list \["q_proj"\]'
+    ):
+        attach(tiny_llama(), LoRA(rank=2, alpha=3, targets="q_proj"))
+
+
+def test_detaching_the_newest_lets_the_earlier_train_again():
+    model = tiny_llama()
+    trained = lambda: {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"]), "one")
+    model.lm_head.weight.requires_grad_(True)  # the user's own doing
+    before = trained()
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj", "v_proj"]), "two")
+    attach(model, LoRA(rank=2, alpha=3, targets=["v_proj"]), "three")
+    assert trained() == set(adapter_parameters(model, "three"))
+    detach(model, "two")  # an earlier one: the newest is still the one that is trained
+    assert trained() == set(adapter_parameters(model, "three"))
+    detach(model, "three")
+    assert trained() == before
+
+
+def test_flags_come_back_whichever_goes_last():
+    model = tiny_llama()
+    model.lm_head.weight.requires_grad_(False)
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"]), "one")
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"]), "two")
+    detach(model, "one")
+    detach(model, "two")
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+
+
+def test_a_module_trained_whole_belongs_to_one_adapter_with_all_that_is_in_it():
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"], train_modules=["mlp"]), "one")
+    with pytest.raises(ValueError, match=r'up_proj already belongs to adapter "one" \(model.layers.0.mlp\)'):
+        attach(model, LoRA(rank=2, alpha=3, targets=["up_proj"]), "two")
+    with pytest.raises(ValueError, match=r'mlp.down_proj already belongs to adapter "one"'):
+        attach(model, LoRA(rank=2, alpha=3, targets=["k_proj"], train_modules=["down_proj"]), "two")
+    with pytest.raises(
+        ValueError, match=r'self_attn already belongs to adapter "one" \(model.layers.0.self_attn.q_proj'
+    ):
+        attach(model, LoRA(rank=2, alpha=3, targets=["lm_head"], train_modules=["self_attn"]), "two")
+    with pytest.raises(
+        ValueError, match=r"train_modules names model.layers.0.mlp and model.layers.0.mlp.up_proj inside"
+    ):
+        attach(tiny_llama(), LoRA(rank=2, alpha=3, targets=["q_proj"], train_modules=["mlp", "up_proj"]))
+    assert adapter_names(model) == ["one"]
+    both = tiny_llama()
+    attach(both, LoRA(rank=2, alpha=3, train_modules=["mlp"]))  # "all-linear" is what is left
+    assert [name.rsplit(".", 1)[-1] for name in adapted(both)] == ["q_proj", "k_proj", "v_proj", "o_proj"] * 2
+
+
+def encoder_layer():
+    return nn.Sequential(nn.TransformerEncoderLayer(6, 2, 7, dropout=0.0, batch_first=True)).eval()
+
+
+def test_torchs_fast_path_does_not_go_round_an_adapter():
+    model, x = encoder_layer(), torch.randn(2, 5, 6)
+    attach(model, LoRA(rank=2, alpha=3, targets=["linear1", "linear2"]))
+    with torch.no_grad():
+        base = model(x)
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(0.5)
+        fast = model(x)
+    slow = model(x.clone().requires_grad_(True))
+    assert not torch.allclose(fast, base, atol=1e-3)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_a_weight_that_is_taken_without_a_call_is_no_target():
+    with pytest.raises(
+        TypeError, match=r"0.self_attn.out_proj belongs to nn.MultiheadAttention, which takes its weight"
+    ):
+        attach(encoder_layer(), LoRA(rank=2, alpha=3))
+
+
+def test_an_embedding_takes_neither_a_bias_nor_dropout():
+    with pytest.raises(ValueError, match=r"lora_bias has no meaning for model.embed_tokens, an embedding"):
+        attach(tiny_llama(), LoRA(rank=2, alpha=3, targets=["embed_tokens", "q_proj"], lora_bias=True))
+    with pytest.raises(ValueError, match="dropout has no meaning for an embedding"):
+        LoRAEmbedding(nn.Embedding(5, 3), rank=2, alpha=3, dropout=0.1)
+    with pytest.raises(TypeError, match="without max_norm"):
+        LoRAEmbedding(nn.Embedding(5, 3, max_norm=1.0), rank=2, alpha=3)
+
+
+def test_the_padding_row_of_an_embedding_learns_nothing():
+    layer = LoRAEmbedding(nn.Embedding(7, 3, padding_idx=1), rank=2, alpha=4)
+    layer(torch.tensor([1, 2, 1])).sum().backward()
+    assert layer.lora_a.grad[:, 1].tolist() == [0.0, 0.0]
+    assert layer.lora_a.grad[:, 2].abs().min() > 0
+
+
+def test_distributed_wrappers_come_after():
+    wrapped = object.__new__(nn.parallel.DistributedDataParallel)  # making a real one needs a process group
+    nn.Module.__init__(wrapped)
+    wrapped.module = tiny_llama()
+    with pytest.raises(TypeError, match="attach first, then wrap"):
+        attach(wrapped, LoRA(rank=2, alpha=3))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmtune.adapters import LoRA, adapter_parameters, attach, detach, merge, unmerge
+from llmtune.adapters import LoRA, adapter_parameters, attach, detach, merge, set_active, unmerge
 from llmtune.testing.models import tiny_llama
 
 
@@ -88,3 +88,50 @@ def test_a_weight_that_is_no_float_cannot_be_merged_into():
     attach(model, LoRA(rank=2, alpha=3, targets=["0"]))
     assert torch.equal(model(torch.ones(1, 5)), torch.full((1, 3), 5.0))
     refused(model, r"0.weight is \(3, 5\) of torch.int8: only a floating weight .* De-quantise it first")
+
+
+def test_a_merged_weight_too_large_for_its_dtype_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False)).half()
+    attach(model, LoRA(rank=1, alpha=1))
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.fill_(400.0)  # 160,000 fits float32 and not float16
+    refused(model, r"the merged 0.weight is too large for torch.float16: nothing has been merged")
+
+
+def test_an_adapter_that_is_off_is_not_merged():
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=3))
+    set_active(model, ())
+    refused(model, r'adapter "default" is switched off, and merging it would change what the model gives')
+
+
+def test_a_norms_statistics_go_with_the_copy():
+    model, x = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), torch.randn(7, 5)
+    attach(model, LoRA(rank=2, alpha=3, targets=["0"], train_modules=["1"]))
+    before, base = state(model), {k: v.clone() for k, v in model[1].base.state_dict().items()}
+    model.train()
+    for _ in range(3):
+        model(3 * x + 1)
+    model.eval()
+    tuned = model(x)
+    assert all(torch.equal(base[name], tensor) for name, tensor in model[1].base.state_dict().items())
+    merge(model)
+    torch.testing.assert_close(model(x), tuned)
+    unmerge(model)
+    assert torch.equal(model(x), tuned)
+    assert all(torch.equal(base[name], tensor) for name, tensor in model[1].base.state_dict().items())
+    assert before.keys() == state(model).keys()
+    merge(model, keep_base=False)
+    assert int(model[1].num_batches_tracked) == 3
+    torch.testing.assert_close(model(x), tuned)
+
+
+def test_a_weight_untied_under_two_adapters_keeps_its_flag():
+    model = tiny_llama(tied=True)
+    attach(model, LoRA(rank=2, alpha=3, targets=["lm_head"]), "one")
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"]), "two")
+    merge(model, "one", keep_base=False, untie=True)
+    detach(model, "two")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llmtune.adapters import LoRA, adapter_names, adapter_parameters, attach, load, save
+from llmtune.adapters import LoRA, adapter_names, adapter_parameters, attach, detach, load, merge, save
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
@@ -266,3 +266,86 @@ def test_an_empty_tensor_is_never_written(tmp_path):
     with pytest.raises(ValueError, match=r"0\.lora_A\.weight is empty: gather the model's shards"):
         save(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def from_peft(make, folder, **options):
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, **options))
+    move({name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad})
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "unmatched"),
+    [
+        (classifier, {"task_type": "SEQ_CLS", "target_modules": ["query"]}, ("modules_to_save score",)),
+        (tiny_llama, {"target_modules": ["q_proj", "c_attn"]}, ("target_modules c_attn",)),
+        (tiny_llama, {"target_modules": ["q_proj"], "exclude_modules": ["v_proj"]}, ("exclude_modules v_proj",)),
+        (
+            tiny_llama,
+            {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 3}, "alpha_pattern": {"up": 3}},
+            ("rank_pattern v_proj", "alpha_pattern up"),
+        ),
+        (tiny_llama, {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]}, ()),
+        (tiny_llama, {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}, ()),
+        (tiny_bert, {"target_modules": ["query"], "bias": "all"}, ()),
+    ],
+)
+def test_what_peft_lets_pass_is_read_and_reported(make, options, unmatched, tmp_path):
+    theirs = from_peft(make, tmp_path / "theirs", **options)
+    model = make()
+    report = load(model, tmp_path / "theirs")
+    assert report.unmatched == unmatched
+    assert all(pattern in str(report) for pattern in unmatched)
+    close(output(model), output(theirs))
+    save(model, tmp_path / "ours")
+    assert written(tmp_path / "ours") == written(tmp_path / "theirs")
+    again = peft.PeftModel.from_pretrained(make(), tmp_path / "ours")
+    close(output(again), output(model))
+
+
+@pytest.mark.parametrize("patterns", [{"q_proj": 2, ".*proj": 3}, {".*proj": 3, "[gu].*_proj": 2}])
+def test_the_first_pattern_that_fits_decides_also_after_a_file(patterns, tmp_path):
+    model = tiny_llama()
+    attach(model, LoRA(rank=4, alpha=6, rank_pattern=patterns, alpha_pattern={k: 5.0 * v for k, v in patterns.items()}))
+    move(adapter_parameters(model))
+    save(model, tmp_path)
+    again = tiny_llama()
+    load(again, tmp_path)
+    assert torch.equal(output(again), output(model))
+    close(output(peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)), output(model))
+
+
+def test_an_attached_adapter_must_scale_as_the_file_says(saved):
+    model = tiny_llama()
+    attach(model, LoRA(rank=2, alpha=5, targets=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r'scales model.layers.0.self_attn.q_proj by 1.5, the attached "default" by 2.5'
+    ):
+        load(model, saved)
+    detach(model)
+    load(model, saved)
+    merge(model)
+    with pytest.raises(ValueError, match='adapter "default" is merged into the weights: unmerge it before loading'):
+        load(model, saved)
+
+
+def test_another_adapter_is_never_taken_for_a_mistyped_name(tmp_path):
+    model = tiny_llama()
+    for name in ("default", "french"):
+        attach(model, LoRA(rank=2, alpha=3, targets=["q_proj"]), name)
+        save(model, tmp_path, name)
+    with pytest.raises(ValueError, match=r'none called "frnech": french. Did you mean "french"\?'):
+        load(tiny_llama(), tmp_path, "frnech")
+
+
+def test_loading_draws_nothing_and_a_failure_keeps_what_was_trained(saved):
+    model = tiny_llama()
+    attach(model, LoRA(rank=3, alpha=3, targets=["v_proj"]), "first")
+    state = torch.get_rng_state()
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    save_file({"odd": torch.zeros(1)}, saved / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load(model, saved)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert torch.equal(torch.get_rng_state(), state)

@@ -156,7 +156,19 @@ def test_squared_batch_means_are_something_else():
 
 # --- language models, classifiers, encoder-decoders ------------------------------------------------------------------
 
+TOKEN_CLASSES = [{**row, "labels": [label % 3 if label >= 0 else -100 for label in row["labels"]]} for row in ROWS]
+
+
+def bert_for_tokens():
+    from transformers import BertForTokenClassification
+
+    torch.manual_seed(0)
+    config = tiny_bert(labels=3).config
+    return BertForTokenClassification(config).eval()
+
+
 KINDS = {
+    "bert, a class a token": (bert_for_tokens, TOKEN_CLASSES, False),
     "llama": (tiny_llama, ROWS, True),
     "llama tied": (lambda: tiny_llama(tied=True), ROWS, True),
     "gpt2": (lambda: tiny_gpt2(dropout=0.4).train(), ROWS, True),
@@ -235,10 +247,12 @@ def adapted(make=tiny_llama, **options):
         (tiny_llama, {"targets": ["q_proj", "embed_tokens"], "exclude": ["layers.0.self_attn.q_proj"]}),
         (tiny_gpt2, {"targets": ["c_attn", "c_proj"], "train_bias": "all"}),
         (lambda: tiny_bert(labels=3), {"train_modules": ["classifier"], "train_bias": "lora_only"}),
+        (tiny_llama, {"targets": ["q_proj", "lm_head"]}),
+        (tiny_llama, {"targets": ["q_proj"], "train_modules": ["lm_head"]}),
     ],
 )
 def test_under_lora_it_is_that_of_the_merged_model(make, options):
-    model, rows = adapted(make, **options), CLASSES if options.get("train_modules") else ROWS
+    model, rows = adapted(make, **options), CLASSES if options.get("train_modules") == ["classifier"] else ROWS
     found = diagonal_fisher(model, [collate_padded(rows)], kind="empirical")
     assert not any("lora" in name or "base" in name for name in found)
     full = copy.deepcopy(model)

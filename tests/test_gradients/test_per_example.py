@@ -262,6 +262,19 @@ def test_bad_arguments(options, message):
         per_example_gradients(SmallModel(), PLAIN, loss=PlainLoss(), **options)
 
 
+def test_examples_of_very_different_lengths_are_not_padded_together():
+    short = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    long = {"input_ids": list(range(3, 60)), "labels": list(range(3, 60))}
+    batch = collate_packed([short, short, long, long, short])
+    model, sizes = tiny_llama(), []
+    model.model.register_forward_pre_hook(lambda m, a, k: sizes.append([*k["input_ids"].shape]), with_kwargs=True)
+    names = {"norm": model.model.norm.weight}
+    hooked = per_example_gradients(model, batch, loss=causal_lm_loss, parameters=names, method="hooks")
+    assert sizes[-2:] == [[2, 3], [3, 57]]
+    looped = per_example_gradients(model, batch, loss=causal_lm_loss, parameters=names, method="loop")
+    assert_close(hooked["norm"], looped["norm"], rtol=1e-5)
+
+
 def test_a_large_embedding_is_done_a_few_examples_at_a_time(monkeypatch):
     from llmtune.gradients import hooks
 

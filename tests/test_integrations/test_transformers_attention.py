@@ -102,6 +102,12 @@ def test_packed_decoders_equal_eager(name):
         agree(name, input_ids=token_ids(len(positions)), position_ids=positions, use_cache=False)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral, window 5"])
+def test_positions_that_restart_in_a_padded_batch_are_positions_only(name):
+    mask = padding("right")
+    agree(name, mask.bool(), input_ids=token_ids(), attention_mask=mask, position_ids=(torch.arange(17) % 6)[None])
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_packed_documents_stay_apart_whatever_else_is_handed_in(name):
     model, ids = build(name, "llmtune"), token_ids(1)

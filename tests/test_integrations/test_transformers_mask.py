@@ -75,6 +75,18 @@ def test_a_window_travels_as_a_table_only_where_it_hides_something():
     assert torch.equal(made(mask_function=window(4), local_size=4)[0, 0], torch.ones(5, 5).tril().triu(-3).bool())
 
 
+def test_a_cache_that_has_dropped_its_beginning_keeps_the_padding_of_the_rest():
+    padding = ~real(5, 2, S=8)
+    travels = made(T=1, S=4, q_offset=7, kv_offset=4, attention_mask=padding)
+    assert torch.equal(travels, padding[:, 4:])
+
+
+def test_a_chunk_that_ends_within_a_short_cache_travels_as_a_table():
+    chunks = masking_utils.chunked_causal_mask_function(5, torch.zeros(2, dtype=torch.long))
+    table = made(T=1, S=4, q_offset=7, kv_offset=4, mask_function=chunks, local_size=5)  # keys 4 ... 7, chunks end at 5
+    assert table[:, 0, 0].tolist() == [[False, True, True, True]] * 2
+
+
 def test_anything_joined_to_a_mask_makes_it_a_table():
     assert made(allow_is_causal_skip=False).shape == (2, 1, 5, 5)
     joined = masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k == 4)
@@ -109,6 +121,7 @@ def test_packing_with_anything_more_in_it_travels_as_a_table():
     for function in (
         packed(masking_utils.sliding_window_causal_mask_function(2), ids),
         packed(masking_utils.bidirectional_mask_function, ids),
+        masking_utils.packed_sequence_mask_function(ids),  # sees the future of its document
         packed(same_shape, ids),  # does what causal does, but who could know
         masking_utils.and_masks(packed(causal, ids), same_shape),
         masking_utils.or_masks(packed(causal, ids), same_shape),
@@ -232,12 +245,8 @@ def test_positions_count_as_packing_only_where_they_surely_are():
     packed = torch.tensor([[0, 1, 0, 1, 2]])
     apart, plain = call(position_ids=packed)[0], call()[0]
     assert not torch.equal(apart, plain)
-    for positions in (
-        torch.tensor([[0, 1, 2, 3, 4]]),
-        torch.tensor([[0, 2, 4, 6, 8]]),
-        torch.tensor([[0, 1, 5, 6, 2]]),
-    ):
-        assert torch.equal(call(position_ids=positions)[0], plain)
+    for positions in ([0, 1, 2, 3, 4], [0, 2, 4, 6, 8], [0, 1, 5, 6, 2], [0, 1, 2, 1, 2]):
+        assert torch.equal(call(position_ids=torch.tensor([positions]))[0], plain)
     assert torch.equal(call(position_ids=packed + 2)[0], apart)  # RoBERTa counts from 2
     cached = torch.tensor([[3, 4, 0, 1, 2]])
     assert torch.equal(call(S=8, position_ids=cached)[0], call(S=8)[0])
@@ -252,6 +261,15 @@ def test_nothing_is_added_to_a_table_of_the_users_own():
     assert torch.equal(call(mask=table, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))[0], out)
     assert torch.equal(call(mask=table, cu_seq_lens_q=torch.tensor([0, 2, 5]))[0], out)
     assert torch.equal(call(mask=table, sliding_window=2)[0], out)
+
+
+def test_numbers_to_add_come_together_and_in_any_dtype():
+    g = torch.Generator().manual_seed(1)
+    numbers, bias = torch.randn(1, 1, 5, 5, generator=g), torch.randn(1, 2, 5, 5, generator=g)
+    both = call(mask=numbers, position_bias=bias)[0]
+    assert torch.equal(both, call(CrossLayer(), position_bias=numbers + bias)[0])
+    low = bias.bfloat16()
+    assert torch.equal(call(CrossLayer(), position_bias=low)[0], call(CrossLayer(), position_bias=low.float())[0])
 
 
 def test_dropout_waits_for_training():

@@ -28,7 +28,9 @@ class Second:
     def method(self): "short"
     value = 2
 '''
-PARAGRAPH = "This paragraph is number {} and has enough words in it to be taken for running prose by anybody who reads it."
+PARAGRAPH = (
+    "This paragraph is number {} and has enough words in it to be taken for running prose by anybody who reads it."
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,10 @@ def library(tmp_path):
     topics = "\\n\\n".join(PARAGRAPH.format(number) for number in range(40))
     write("pydoc_data/topics.py", f"topics = {{'one': '{topics}', 'two': 'short'}}\n")
     write("argparse.py", f'"""{PARAGRAPH.format(100)}"""\nparsed = 1\n')
-    write("typing.py", f'def typed():\n    """{PARAGRAPH.format(101)}\n\n    >>> {PARAGRAPH.format(102)}\n    """\n    return 3\n')
+    write(
+        "typing.py",
+        f'def typed():\n    """{PARAGRAPH.format(101)}\n\n    >>> {PARAGRAPH.format(102)}\n    """\n    return 3\n',
+    )
     for folder in ("test", "site-packages", "concurrent/tests", "encodings"):
         write(f"{folder}/module.py", f'"""{PARAGRAPH.format(200)}"""\nleft_out = 1\n')
     write("_sysconfigdata__linux.py", "left_out = 2\n")
@@ -76,7 +81,9 @@ def test_a_limit_cuts_the_end_off(domain):
 
 def test_no_piece_is_on_both_sides_or_twice(prose, code):
     for texts, between in ((prose, "\n"), (code, "\n\n")):
-        sides = [[piece for text in side for piece in text[:-1].split(between)] for side in (texts.train, texts.held_out)]
+        sides = [
+            [piece for text in side for piece in text[:-1].split(between)] for side in (texts.train, texts.held_out)
+        ]
         assert all(len(side) > 20 for side in sides)
         assert len(sides[0]) + len(sides[1]) == len({*sides[0], *sides[1]})
 
@@ -140,7 +147,9 @@ def test_tests_packages_and_examples_are_left_out(library):
 
 
 def test_a_library_without_sources_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"source files of the Python standard library.*topics\.py is not there"):
+    with pytest.raises(
+        FileNotFoundError, match=r"source files of the Python standard library.*topics\.py is not there"
+    ):
         corpus.prose(tmp_path)
     with pytest.raises(FileNotFoundError, match="source files of the Python standard library"):
         corpus.code(tmp_path)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from llmtune.adapters import LoRA, attach
 from llmtune.data.collate import collate_padded
 from llmtune.errors import CheckpointError, NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
+from llmtune.losses.masked_lm import masked_lm_loss
+from llmtune.losses.packed import document_leak
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama
 from llmtune.training.loop import TrainingLoop
-from llmtune.training.packed import document_leak
 from llmtune.training.settings import LoopSettings
 from llmtune.types import Callback
 
@@ -385,11 +387,39 @@ def test_a_penalty_with_state_is_saved_and_must_be_there(tmp_path):
         TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(folder=tmp_path)).fit(resume=True)
 
 
+def test_another_scaling_of_the_same_shapes_is_refused(tmp_path):
+    def loop(alpha):
+        model = tiny_llama()
+        attach(model, LoRA(rank=2, alpha=alpha))
+        return TrainingLoop(model, uneven_rows(), settings=settings(folder=tmp_path))
+
+    loop(4).fit()
+    assert len(loop(4).fit(resume=True)) == 3
+    with pytest.raises(CheckpointError, match='adapter "default" has alpha=64 now and had alpha=4 in the run'):
+        loop(64).fit(resume=True)
+    plain = tiny_llama()
+    with pytest.raises(CheckpointError, match="that the checkpoint's model had not"):
+        TrainingLoop(plain, uneven_rows(), settings=settings(folder=tmp_path)).fit(resume=True)
+
+
+def test_weights_trained_in_float16_are_refused():
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight is trained in float16, .* give precision="):
+        TrainingLoop(tiny_llama().half(), uneven_rows(), settings=settings())
+
+
+def test_a_model_that_sees_what_follows_is_no_causal_one():
+    with pytest.raises(ValueError, match="BertForMaskedLM sees the tokens after a place as well"):
+        TrainingLoop(tiny_bert(), uneven_rows(), settings=settings(), collate=collate_padded).fit()
+
+
 def test_packed_documents_that_see_each_other_are_refused():
     model = tiny_bert()
     rows = uneven_rows()
     with pytest.raises(ValueError, match="packed documents see each other in BertForMaskedLM under attention 'sdpa'"):
-        TrainingLoop(model, rows, settings=settings()).fit()
+        TrainingLoop(model, rows, settings=settings(), loss=masked_lm_loss).fit()
+    one_document_first = [{"input_ids": [5, 7, 11], "labels": [5, 7, 11]}] * 4
+    with pytest.raises(ValueError, match="packed documents see each other"):
+        TrainingLoop(model, one_document_first, settings=settings(rows_per_step=1), loss=masked_lm_loss).fit()
     assert document_leak(model, torch.arange(7)) > 1e-2
     assert document_leak(tiny_llama(), torch.arange(7)) == 0.0
     assert document_leak(tiny_gpt2(), torch.arange(7)) == 0.0

@@ -21,6 +21,7 @@ from llmtune.training.settings import LoopSettings
         ({"max_steps": 1, "clip_norm": 0.0}, "clip_norm must be above 0"),
         ({"max_steps": 1, "schedule": "linaer"}, "schedule must be one of linear, .*; got 'linaer'"),
         ({"max_steps": 1, "precision": "bfloat16"}, "precision must be .*; got 'bfloat16'"),
+        ({"max_steps": 1, "seed": -1}, "seed must be a whole number of at least 0; got -1"),
         ({"max_steps": 1, "save_every": 5}, "save_every needs a folder"),
     ],
 )

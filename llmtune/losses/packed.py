@@ -1,7 +1,7 @@
-"""A trial before a run: do packed documents see each other in this model?
+"""A trial: do packed documents see each other in this model?
 
 Models tell documents apart in different ways, or not at all, and a wrong attention implementation, a cache or a
-needless mask silently turns the separation off. So the loop does not trust a list of models: it asks the model itself.
+needless mask silently turns the separation off. So no list of models is trusted: the model itself is asked.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def document_leak(model: nn.Module, tokens: Tensor) -> float:
 
     Args:
         model: a Hugging Face model that returns `logits` or `last_hidden_state`.
-        tokens: [n] token ids to make the trial from, n >= 2, of at least two kinds.
+        tokens: [n] token ids to make the trial from.
 
     Returns:
         The largest change over the largest output: a fraction.
 
     Raises:
-        ValueError: the model's forward takes no `position_ids`, or the tokens are all the same.
+        ValueError: the model's forward takes no `position_ids`.
     """
     kinds = tokens.unique()
     if len(kinds) < 2:
-        raise ValueError(f"the trial needs two kinds of tokens; got only {kinds.tolist()}")
+        kinds = torch.cat([kinds, kinds ^ 1])
     pick = torch.arange(FIRST + SECOND, device=tokens.device) % 2
     ids = kinds[pick]
     other_first, other_second = ids.clone(), ids.clone()
@@ -66,23 +66,32 @@ def document_leak(model: nn.Module, tokens: Tensor) -> float:
 
 
 def check_documents_apart(model: nn.Module, batch: Batch) -> None:
-    """Raise where `batch` is packed and the model lets packed documents see each other; otherwise do nothing.
+    """Raise where a batch may be packed and the model lets packed documents see each other; otherwise do nothing.
+
+    A batch may be packed where it has position ids and no padding, whether or not one of its rows holds more than one
+    document: the next one will.
 
     Args:
-        model: the model about to be trained.
-        batch: its first batch, "input_ids" and "position_ids" [B, T].
+        model: the model about to see such batches.
+        batch: "input_ids" [B, T], and where it may be packed "position_ids" [B, T].
 
     Raises:
         ValueError: the documents see each other, or the model takes no position ids; says what to do.
     """
-    if not is_packed(batch) or len(batch["input_ids"].unique()) < 2:
+    mask = batch.get("attention_mask")
+    if batch.get("position_ids") is None or (mask is not None and not bool(mask.all())):
         return
     leak = document_leak(model, batch["input_ids"].flatten())
     half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    if leak > (1e-2 if half else 1e-4):
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", "its own")
-        raise ValueError(
-            f"packed documents see each other in {type(model).__name__} under attention {attention!r}: changing one "
-            f"document moves another's output by {leak:.1%}. Call llmtune.integrations.register() and "
-            'model.set_attn_implementation("llmtune"), or use collate_padded'
-        )
+    if not leak > (1e-2 if half else 1e-4):  # a NaN is not packing's fault
+        return
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", "its own")
+    way_out = (
+        "Its attention layers are not told where documents start: use collate_padded"
+        if attention == "llmtune"
+        else 'Call llmtune.integrations.register() and model.set_attn_implementation("llmtune"), or use collate_padded'
+    )
+    raise ValueError(
+        f"packed documents see each other in {type(model).__name__} under attention {attention!r}: changing one "
+        f"document moves another's output by {leak:.1%}. {way_out}"
+    )
