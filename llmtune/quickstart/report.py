@@ -74,20 +74,24 @@ def _plot_learning(results: Sequence[Result], out: Path) -> Path:
 
 
 def _plot_forgetting(results: Sequence[Result], out: Path) -> Path:
-    """Draw the perplexities of both domains before and after each way, on logarithmic axes."""
+    """Draw the perplexities of both domains after each way, and a line where they stood before."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, domain, pairs in zip(
-        figure.subplots(1, 2), ("New domain: learned", "Old domain: forgotten"),
-        ([r.new for r in results], [r.old for r in results]), strict=True,
-    ):  # fmt: skip
-        names = [WAYS[r.way].replace(" + ", "\n+ ").replace("full ", "full\n") for r in results]
-        bars = axes.bar(names, [after for _, after in pairs], color=[COLORS[r.way] for r in results], width=0.6)
-        axes.bar_label(bars, [f"{after:.1f}" for _, after in pairs])
-        axes.axhline(pairs[0][0], color="black", linestyle="--", label=f"before tuning: {pairs[0][0]:.1f}")
-        axes.set(title=domain, ylabel="held-out perplexity (lower is better)")
-        axes.set_ylim(0, 1.25 * max(max(pair) for pair in pairs))
+    names = [WAYS[r.way].replace(" + ", "\n+ ").replace("full ", "full\n") for r in results]
+    panels = (
+        ("New domain: what was learned", [r.new for r in results]),
+        ("Old domain: what was forgotten", [r.old for r in results]),
+    )
+    for axes, (title, pairs) in zip(figure.subplots(1, 2), panels, strict=True):
+        before, after = pairs[0][0], [pair[1] for pair in pairs]
+        bars = axes.bar(names, after, color=[COLORS[r.way] for r in results], width=0.6)
+        axes.bar_label(bars, [f"{value:.1f}" for value in after])
+        inside = before <= 3 * max(after)  # else the line would press the bars flat
+        note = "" if inside else " (above the picture)"
+        axes.axhline(before, color="black", linestyle="--", label=f"before tuning: {before:.1f}{note}")
+        axes.set(title=title, ylabel="held-out perplexity (lower is better)")
+        axes.set_ylim(0, 1.3 * max(*after, before if inside else 0))
         axes.legend(loc="upper right")
     return _saved(figure, out / "forgetting.png")
 

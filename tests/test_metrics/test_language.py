@@ -85,7 +85,7 @@ def test_infinite_and_not_a_number():
         model.lm_head.weight[3, 5] = float("nan")
     with pytest.raises(NonFiniteError, match=r"the loss of batch 1 \(from 0\) is NaN"):
         perplexity(
-            model, [{"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([[4, -100]])}, collate_packed(ROWS)]
+            model, [{"input_ids": torch.tensor([[4, 5]]), "labels": torch.tensor([[4, -100]])}, collate_padded(ROWS)]
         )
 
 
