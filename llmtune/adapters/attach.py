@@ -74,10 +74,16 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachRepor
     after = dict(before)
     for place, build in plan.builders:  # several at one place go around each other
         after[place] = build(after[place])
+    layers = {id(module): after[place] for place, module in before.items() if after[place] is not module}
+    for parent in model.modules():
+        if id(getattr(parent, "_orig_mod", None)) in layers:
+            raise ValueError(
+                "a target has been compiled by itself, and would run on as it is: attach before compiling it"
+            )
     flags = {key: parameter.requires_grad for key, parameter in _flagged(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    _put(model, {id(module): after[place] for place, module in before.items() if after[place] is not module})
+    _put(model, layers)
     if record is None:
         record = Record()
         setattr(model, _ATTRIBUTE, record)

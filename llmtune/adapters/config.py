@@ -56,6 +56,8 @@ class LoRA:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, dict(getattr(self, name)))  # what the caller does to theirs changes nothing
         for name, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {rank!r}")

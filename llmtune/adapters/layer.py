@@ -8,6 +8,7 @@ name in the model as it was before any adapter, wrapper or `torch.compile`: pena
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +31,13 @@ class AdapterLayer(nn.Module):
         self.adapter_name = adapter_name
         self.active = True
         self.merged = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Hand a weight or bias that is set from outside (weights being tied) to the bare module, whose it is."""
+        if name in ("weight", "bias") and isinstance(value, nn.Parameter):
+            setattr(bare_module(self), name, value)
+        else:
+            super().__setattr__(name, value)
 
     @property
     def takes_part(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +93,9 @@ class TrainedBias(AdapterLayer):
         return {"bias": _wide(self.trained_bias) - _wide(self.original)}
 
     def replacements(self) -> dict[str, Tensor]:
-        """Return the trained bias; see `AdapterLayer`."""
-        return {"bias": self.trained_bias}
+        """Return the trained bias, unless another adapter's change stands in the original; see `AdapterLayer`."""
+        bare: Any = bare_module(self)
+        return {"bias": self.trained_bias} if torch.equal(bare.bias, cast(Tensor, self.original)) else {}
 
 
 def adds_bias_last(module: nn.Module) -> bool:

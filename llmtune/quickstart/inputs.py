@@ -1,4 +1,4 @@
-"""The texts of a quickstart as batches: a new domain to learn, an old one that must not be forgotten."""
+"""The texts of a quickstart as packs of tokens: a new domain to learn, an old one that must not be forgotten."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llmtune.data.chat import chat_examples
-from llmtune.data.collate import collate_packed
 from llmtune.data.packing import PackedDataset, pack
 from llmtune.data.rows import prompt_examples, read_rows, text_examples
 from llmtune.quickstart.corpus import code, prose
-from llmtune.types import Batch
 
+Pack = dict[str, Tensor]  # a row of a PackedDataset
 OLD_TOKENS = 256  # the longest piece of the old domain: the embedded model has learned on such
 OLD_CHARACTERS, NEW_CHARACTERS = 300_000, 300_000  # read of each of CPython's domains: a second or two
 HELD_OUT_OF = 8  # one of so many rows of the user's is held out
@@ -25,16 +26,16 @@ class Inputs:
 
     Attributes:
         new: packs of the new domain to learn from.
-        new_held_out: batches of the new domain to measure on; nothing of them is in `new`.
-        old: batches of the old domain to take Fisher information from.
-        old_held_out: batches of the old domain to measure on.
+        new_held_out: packs of the new domain to measure on; nothing of them is in `new`.
+        old: packs of the old domain to take Fisher information from.
+        old_held_out: packs of the old domain to measure on.
         described: a line for each domain that says what it is.
     """
 
     new: PackedDataset
-    new_held_out: list[Batch]
-    old: list[Batch]
-    old_held_out: list[Batch]
+    new_held_out: list[Pack]
+    old: list[Pack]
+    old_held_out: list[Pack]
     described: tuple[str, ...]
 
 
@@ -127,15 +128,15 @@ def _with_old_domain(
     )
     return Inputs(
         new=new,
-        new_held_out=_batches(held_out, measured),
-        old=_batches(old, fisher),
-        old_held_out=_batches(old_held_out, measured),
+        new_held_out=_first(held_out, measured),
+        old=_first(old, fisher),
+        old_held_out=_first(old_held_out, measured),
         described=(line, "old domain: documentation of the Python standard library, which no way learns from"),
     )
 
 
-def _batches(packs: PackedDataset, count: int) -> list[Batch]:
-    return [collate_packed([packs[index]]) for index in range(min(count, len(packs)))]
+def _first(packs: PackedDataset, count: int) -> list[Pack]:
+    return [packs[index] for index in range(min(count, len(packs)))]
 
 
 def _size(packs: PackedDataset) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 
 from llmtune.errors import NonFiniteError, did_you_mean
@@ -232,10 +233,10 @@ def run(job: Job, before: tuple[float, float]) -> None:
                 bar=sys.stderr.isatty(),
             )
         )
-        losses = results[-1].history.column("loss")
-        print(f"    training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {results[-1].seconds:.1f} s", flush=True)
+        losses = [log(perplexity) for perplexity in results[-1].new]
+        print(f"    held-out loss of the new domain {losses[0]:.3f} -> {losses[1]:.3f}", flush=True)
     print(f"\n{table(results)}\n")
-    print("Perplexities are per token, on held-out texts. " + PEAK_OF[start_peak()])
+    print("Perplexities are per token, on held-out texts. Seconds are without measuring them. " + PEAK_OF[start_peak()])
     for line in write_files(results, job.out):
         print(line)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from importlib.util import find_spec
+from math import log
 from pathlib import Path
 
-from llmtune.quickstart.ways import WAYS, Result
+from llmtune.quickstart.ways import WAYS, Result, held_out_loss
 
 HEAD = (
     "way", "new: before", "new: after", "old: before", "old: after", "trainable parameters", "seconds", "peak MiB",
@@ -58,18 +59,22 @@ def _cells(r: Result) -> tuple[str, ...]:
 
 
 def _plot_learning(results: Sequence[Result], out: Path) -> Path:
-    """Draw the loss on the new domain over the steps, without what DistillToBase and EWC add to it."""
+    """Draw the losses on the new domain over the steps, without what DistillToBase and EWC add to them."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    learned, held_out = figure.subplots(1, 2)
     for r in results:
-        losses = r.history.column("task_loss" if "task_loss" in r.history.names() else "loss")
-        axes.plot(range(1, len(losses) + 1), losses, STYLES[r.way], color=COLORS[r.way], label=WAYS[r.way],
-                  marker="o" if len(losses) == 1 else None)  # fmt: skip
-    axes.set(title="Learning the new domain", xlabel="optimizer step", ylabel="training loss (nats a token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        style, color, label = STYLES[r.way], COLORS[r.way], WAYS[r.way]
+        name = held_out_loss(r.history)
+        losses = r.history.column(name.removeprefix("eval_"))
+        learned.plot(range(1, len(losses) + 1), losses, style, color=color, label=label)
+        points = [(0, log(r.new[0])), *((row["step"], row[name]) for row in r.history if name in row)]
+        held_out.plot(*zip(*points, strict=True), style, color=color, label=label, marker="o", markersize=4)
+    for axes, title in ((learned, "training loss, each step on other texts"), (held_out, "loss on held-out texts")):
+        axes.set(title=f"New domain: {title}", xlabel="optimizer step", ylabel="nats a token")
+        axes.grid(alpha=0.3)
+        axes.legend()
     return _saved(figure, out / "learning.png")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, exp
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmtune.adapters.attach import attach
 from llmtune.adapters.config import LoRA
 from llmtune.adapters.files import load, save
 from llmtune.adapters.merge import merge
+from llmtune.data.collate import collate_packed
 from llmtune.data.packing import PackedDataset
 from llmtune.forgetting.distillation import DistillToBase
 from llmtune.forgetting.ewc import EWC
@@ -23,7 +24,7 @@ from llmtune.forgetting.fisher import diagonal_fisher
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.head import model_inputs
 from llmtune.metrics.language import perplexity
-from llmtune.quickstart.inputs import Inputs
+from llmtune.quickstart.inputs import Inputs, Pack
 from llmtune.quickstart.model import load_model
 from llmtune.quickstart.peak import read_peak, start_peak
 from llmtune.training.history import History
@@ -89,9 +90,9 @@ class Result:
         new: perplexity of the new domain's held-out texts (before, after).
         old: perplexity of the old domain's held-out texts (before, after).
         trained: parameters trained.
-        seconds: of the way's own work: loading, Fisher information, training; without measuring perplexities.
-        peak: bytes the process held at most during that work.
-        history: a row a step.
+        seconds: of the way's own work: loading, Fisher information, training; without measuring on held-out texts.
+        peak: bytes the process held at most, from loading to the end of training.
+        history: a row a step, four of them with the loss on the new domain's held-out texts.
         adapter: the folder of the saved adapter; None for full fine-tuning.
         checked: what the check of the saved adapter found; empty for full fine-tuning.
     """
@@ -109,7 +110,7 @@ class Result:
 
 def measure(model: nn.Module, inputs: Inputs) -> tuple[float, float]:
     """Return the perplexities of the held-out texts: (new domain, old domain)."""
-    return perplexity(model, inputs.new_held_out), perplexity(model, inputs.old_held_out)
+    return perplexity(model, _batches(inputs.new_held_out)), perplexity(model, _batches(inputs.old_held_out))
 
 
 def run_way(
@@ -143,19 +144,27 @@ def run_way(
     model = load_model(folder)
     torch.manual_seed(seed)
     loss, penalties = prepare(way, model, inputs, sizes)
+    seconds = time.perf_counter() - began
     steps = sizes.steps_over(inputs.new)
     settings = LoopSettings(
         max_steps=steps, rows_per_step=sizes.rows_per_step, rows_per_micro_batch=min(sizes.rows_per_step, 2),
         learning_rate=sizes.learning_rate / (10 if way == "full" else 1), schedule="cosine",
-        warmup_steps=min(4, steps // 4), seed=seed, progress=bar,
+        warmup_steps=min(4, steps // 4), seed=seed, eval_every=max(steps // 4, 1), progress=bar,
     )  # fmt: skip
-    history = TrainingLoop(model, inputs.new, settings=settings, loss=loss, penalties=penalties).fit()
-    seconds, peak = time.perf_counter() - began, read_peak()
+    history = TrainingLoop(
+        model, inputs.new, eval_data=inputs.new_held_out, settings=settings, loss=loss, penalties=penalties
+    ).fit()
+    seconds, peak = seconds + sum(history.column("seconds")), read_peak()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    new, old = measure(model, inputs)
+    new, old = exp(history[-1][held_out_loss(history)]), perplexity(model, _batches(inputs.old_held_out))
     adapter = None if way == "full" else out / f"adapter-{way}"
-    checked = "" if adapter is None else save_and_check(model, folder, adapter, inputs.new_held_out[0])
+    checked = "" if adapter is None else save_and_check(model, folder, adapter, collate_packed(inputs.new_held_out[:1]))
     return Result(way, (before[0], new), (before[1], old), trained, seconds, peak, history, adapter, checked)
+
+
+def held_out_loss(history: History) -> str:
+    """Return the history's name of the loss on held-out texts, without what a method adds to it."""
+    return "eval_task_loss" if "eval_task_loss" in history.names() else "eval_loss"
 
 
 def prepare(way: str, model: nn.Module, inputs: Inputs, sizes: Sizes) -> tuple[LossFunction, Sequence[Penalty]]:
@@ -166,7 +175,7 @@ def prepare(way: str, model: nn.Module, inputs: Inputs, sizes: Sizes) -> tuple[L
     if way == "distill":
         return DistillToBase(strength=sizes.distill), ()
     if way == "ewc":
-        return causal_lm_loss, [EWC(diagonal_fisher(model, inputs.old), model, sizes.ewc)]
+        return causal_lm_loss, [EWC(diagonal_fisher(model, _batches(inputs.old)), model, sizes.ewc)]
     return causal_lm_loss, ()
 
 
@@ -198,6 +207,10 @@ def save_and_check(model: nn.Module, folder: Path, adapter: Path, batch: Batch) 
     if reloaded != 0.0 or not merged <= 1e-4 * max(1.0, float(wanted.abs().max())):
         raise RuntimeError(f"the adapter saved in {adapter} does not give back the tuned model; {found}")
     return found
+
+
+def _batches(packs: Sequence[Pack]) -> list[Batch]:
+    return [collate_packed([pack]) for pack in packs]
 
 
 def _logits(model: Any, batch: Batch) -> torch.Tensor:

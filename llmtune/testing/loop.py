@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmtune.errors import LawBroken
 from llmtune.testing.close import assert_close
-from llmtune.testing.models import VOCABULARY, tiny_llama
+from llmtune.testing.models import VOCABULARY, tiny_gpt2, tiny_llama
 
 MakeLoop = Callable[[nn.Module, Sequence[dict[str, Any]], int], Any]
 
@@ -48,18 +48,19 @@ def check_loop(make: MakeLoop, *, model: nn.Module | None = None, rows: Sequence
     Args:
         make: `make(model, data, rows_per_micro_batch) -> loop`, a loop that takes 8 rows a step. For the
             last law the loop must keep checkpoints where `settings.folder` says; with folder=None that law is left out.
-        model: what to train; a tiny Llama without dropout unless given.
+        model: what to train; unless given a tiny Llama, and for the last law a tiny GPT-2 with dropout.
         rows: the data; 8 rows with uneven target counts unless given.
 
     Raises:
         LawBroken: names the law and the difference.
     """
+    default = model is None
     model = tiny_llama() if model is None else model
     rows = uneven_rows() if rows is None else rows
     _one_gradient(make, model, rows)
     _no_trace(make, model, rows)
     _order_by_step(make, model, rows)
-    _one_result(make, model, rows)
+    _one_result(make, tiny_gpt2(dropout=0.1) if default else model, rows)
 
 
 def _gradients(loop: Any, batches: Sequence[Any]) -> dict[str, Tensor]:

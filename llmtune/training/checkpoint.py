@@ -26,23 +26,28 @@ _STEP = re.compile(r"step-(\d{8,})")
 _MARK = "__tensor__"
 
 
-def split_tensors(state: Any, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+def split_tensors(state: Any, path: str = "", *, clone: bool = True) -> tuple[Any, dict[str, Tensor]]:
     """Part nested dicts and lists into JSON values, with a mark where a tensor stood, and those tensors by path.
+
+    Args:
+        state: what to part.
+        path: where in the whole it stands.
+        clone: copy the tensors to the CPU, contiguous and each in a storage of its own; False leaves them as they are.
 
     Raises:
         TypeError: a value is neither a tensor nor JSON, or a dict's key is no string; the sentence names the path.
     """
     if isinstance(state, Tensor):
-        return {_MARK: path}, {path: state.detach().cpu().contiguous().clone()}
+        return {_MARK: path}, {path: state.detach().cpu().contiguous().clone() if clone else state}
     if isinstance(state, Mapping):
         pieces = {}
         for key, value in state.items():
             if not isinstance(key, str) or key == _MARK:
                 raise TypeError(f"keys of saved state must be strings; {path or 'the root'} has {key!r}")
-            pieces[key] = split_tensors(value, f"{path}.{key}" if path else key)
+            pieces[key] = split_tensors(value, f"{path}.{key}" if path else key, clone=clone)
         return {key: piece[0] for key, piece in pieces.items()}, _merged(piece[1] for piece in pieces.values())
     if isinstance(state, list | tuple):
-        parts = [split_tensors(value, f"{path}.{index}") for index, value in enumerate(state)]
+        parts = [split_tensors(value, f"{path}.{index}", clone=clone) for index, value in enumerate(state)]
         return [part[0] for part in parts], _merged(part[1] for part in parts)
     if state is None or isinstance(state, bool | int | float | str):
         return state, {}
@@ -61,7 +66,7 @@ def join_tensors(values: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
-    """Write `state` as the checkpoint of `step`, publish it in one rename, then remove all but the newest `keep`.
+    """Write `state` as the checkpoint of `step`, publish it in one rename, then remove all but `keep`.
 
     Args:
         folder: the run's folder; made where it is missing.
@@ -98,8 +103,10 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], *, keep:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    published = list_checkpoints(folder)
+    here = published.index(final)
+    for other in (*published[: max(here + 1 - keep, 0)], *published[here + 1 :]):
+        shutil.rmtree(other)  # older ones, and later ones of a history that was left when the run went back
     return final
 
 

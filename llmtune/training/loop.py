@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,26 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.data.collate import collate_packed
+from llmtune.errors import NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.packed import check_documents_apart
 from llmtune.modules import eval_mode, train_mode
-from llmtune.training.checks import check_finite, check_rows, check_trainable, loss_and_parts, mean_by_name, real_tokens
+from llmtune.training.checks import (
+    check_finite,
+    check_one_process,
+    check_rows,
+    check_trainable,
+    checked_penalty,
+    gradient_norm,
+    loss_and_parts,
+    mean_by_name,
+    real_tokens,
+)
 from llmtune.training.history import History
 from llmtune.training.optimizer import adamw_with_schedule
 from llmtune.training.progress import Progress
 from llmtune.training.randomness import fixed_randomness, rows_of_step, seed_everything
-from llmtune.training.resume import load_newest, refuse_used_folder, run_state, save_run, take_back
+from llmtune.training.resume import check_can_save, load_newest, refuse_used_folder, run_state, save_run, take_back
 from llmtune.training.settings import LoopSettings
 from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty, Rows
 
@@ -81,7 +93,8 @@ class TrainingLoop:
         self.settings, self.collate, self.loss = settings, collate, loss
         self.penalties = list(penalties)
         own = [Progress()] if settings.progress else []
-        self.callbacks = [*(p for p in self.penalties if isinstance(p, Callback)), *callbacks, *own]
+        watching = [*(p for p in self.penalties if isinstance(p, Callback)), *callbacks, *own]
+        self.callbacks = list({id(watcher): watcher for watcher in watching}.values())  # each once
         self.history = History()
         self.step = 0
         self.total_steps: int = settings.max_steps or math.ceil(
@@ -143,7 +156,7 @@ class TrainingLoop:
         """Return the sum of the penalties, a scalar, or None where there are none; called once per optimizer step."""
         if not self.penalties:
             return None
-        return torch.stack([penalty(self.model).float() for penalty in self.penalties]).sum()
+        return torch.stack([checked_penalty(penalty, self.model) for penalty in self.penalties]).sum()
 
     def accumulate_gradients(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Leave in `.grad` the gradient of the mean loss over all targets of `batches`, plus the penalty's.
@@ -152,7 +165,7 @@ class TrainingLoop:
 
         Returns:
             The named means: "loss", the loss's parts, "penalty" where there is one (tensors on the model's device), and
-            "targets", the count.
+            "targets", the count; under fp16 "overflow", 1 where the scaled gradient was not finite.
 
         Raises:
             ValueError: no batch has a target (all labels -100), or the loss is no scalar with a gradient.
@@ -162,9 +175,11 @@ class TrainingLoop:
         if total == 0:
             raise ValueError(
                 f"step {self.step + 1} has no target to learn from: in its {len(batches)} micro-batches every label is "
-                "ignored (-100). Check the labels of the data, or drop such rows"
+                f"ignored (-100). Check the labels of rows {self.row_indices(self.step)[:8]}, or drop such rows"
             )
         self.model.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()  # so that gradients may be taken more than once a step
         metrics: dict[str, Any] = {}
         for batch, count in zip(batches, counts, strict=True):
             if count == 0:
@@ -175,7 +190,9 @@ class TrainingLoop:
             for name, value in {"loss": loss, **parts}.items():
                 share = torch.as_tensor(value, device=self.device).detach().float() * (count / total)
                 metrics[name] = metrics[name] + share if name in metrics else share
-        self.unscale_gradients()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+            metrics["overflow"] = (~gradient_norm(self.model).isfinite()).float()
         self._emit("on_task_gradients")
         penalty = self.penalty()
         if penalty is not None:
@@ -183,16 +200,11 @@ class TrainingLoop:
             metrics["penalty"] = penalty.detach()
         return metrics | {"targets": total}
 
-    def unscale_gradients(self) -> None:
-        """Divide the gradients by fp16's loss scale; nothing under other precisions."""
-        if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to `clip_norm` where they exceed it; return their norm from before, a scalar."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(self.model)
         if self.settings.clip_norm is not None:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             factor = (self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))  # a NaN stays where it arose
         return norm
@@ -208,10 +220,11 @@ class TrainingLoop:
         self._emit("on_before_optimizer_step")
         metrics["grad_norm"] = self.clip_gradients()
         metrics = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-        check_finite(self.model, metrics, step=self.step + 1, skips=self.scaler.is_enabled())
-        self.scaler.step(self.optimizer)
+        check_finite(self.model, metrics, step=self.step + 1, scale=self.scaler.get_scale())
+        self.scaler.step(self.optimizer)  # under fp16 it passes over a step whose scaled gradient overflowed
         self.scaler.update()
-        self.scheduler.step()
+        if not metrics.get("overflow"):
+            self.scheduler.step()
         return metrics | {"learning_rate": learning_rate}
 
     @torch.no_grad()
@@ -220,17 +233,20 @@ class TrainingLoop:
 
         Raises:
             ValueError: there is no `eval_data`, or none of it has a target.
+            NonFiniteError: a mean is NaN or infinite.
         """
         if self.eval_data is None:
             raise ValueError("there is nothing to evaluate on: give the loop eval_data")
         size = self.settings.rows_per_micro_batch or self.settings.rows_per_step
-        with eval_mode(self.model):
+        with eval_mode(self.model), fixed_randomness():  # looking changes nothing
             means = mean_by_name(
                 self.eval_step(self.collate([self.eval_data[i] for i in range(start, stop)]))
                 for start, stop in pairwise((*range(0, len(self.eval_data), size), len(self.eval_data)))
             )
         if not means:
             raise ValueError("no row of eval_data has a target: every label is ignored (-100)")
+        if not all(map(math.isfinite, means.values())):
+            raise NonFiniteError(f"step {self.step}: the evaluation gives {means}")
         return {f"eval_{name}": mean for name, mean in means.items()}
 
     def eval_step(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -278,17 +294,20 @@ class TrainingLoop:
             NonFiniteError: the loss or a gradient is NaN or infinite.
             ValueError: a step has no target, or packed documents see each other in this model.
         """
+        check_one_process()
         if resume:
             load_newest(self)
         else:
             refuse_used_folder(self.settings.folder)
             seed_everything(self.settings.seed)
+        check_can_save(self)
         try:
             with train_mode(self.model):
                 self._run()
         except BaseException as error:
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                self._write_history()
             self._emit("on_exception", error)
-            self._write_history()
             raise
         return self.history
 

@@ -32,9 +32,7 @@ class Progress(Callback):
         self._seconds += metrics["seconds"]
         if loop.step % loop.settings.log_every == 0 or loop.step == loop.total_steps:
             speed = self._tokens / max(self._seconds, 1e-9)
-            self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}, gradient {metrics['grad_norm']:.3g}, {speed:,.0f} tokens/s", refresh=False
-            )
+            self._bar.set_postfix_str(", ".join([*_shown(metrics), f"{speed:,.0f} tokens/s"]), refresh=False)
         self._bar.update(1)
 
     def on_eval_end(self, loop: Any, metrics: dict[str, float]) -> None:
@@ -46,7 +44,7 @@ class Progress(Callback):
         """Close the bar and print the closing line."""
         self._bar.close()
         speed = self._tokens / max(self._seconds, 1e-9)
-        losses = [row["loss"] for row in loop.history]
+        losses = [row["loss"] for row in loop.history if "loss" in row]
         fell = f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, " if losses else ""
         print(
             f"{loop.step} steps done: {fell}{speed:,.0f} real tokens/s, peak memory {peak_memory() / 2**20:,.0f} MiB"
@@ -57,6 +55,11 @@ class Progress(Callback):
         """Close the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _shown(metrics: dict[str, Any]) -> list[str]:
+    names = (("loss", "loss"), ("gradient", "grad_norm"))
+    return [f"{label} {metrics[name]:.4g}" for label, name in names if name in metrics]
 
 
 def banner(loop: Any) -> str:

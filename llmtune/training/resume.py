@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from llmtune.adapters.attach import adapter_names, record_of
 from llmtune.errors import CheckpointError
 from llmtune.modules import unwrap
-from llmtune.training.checkpoint import fingerprint, list_checkpoints, newest_valid, write_checkpoint
+from llmtune.training.checkpoint import fingerprint, list_checkpoints, newest_valid, split_tensors, write_checkpoint
 from llmtune.training.history import History
 from llmtune.training.randomness import random_state, seed_everything, set_random_state
+from llmtune.types import Callback
 
 if TYPE_CHECKING:
     from llmtune.training.loop import TrainingLoop
@@ -40,6 +42,25 @@ def refuse_used_folder(folder: str | Path | None) -> None:
             f"{folder} already holds a run, up to {found[-1].name}: go on with it by fit(resume=True), "
             "or give another folder"
         )
+
+
+def check_can_save(loop: TrainingLoop) -> None:
+    """Find out before the first step what would keep the run from being saved after the last.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written.
+        TypeError: the state of the loop, its optimizer, schedule or callbacks holds what is neither tensor nor JSON.
+    """
+    if loop.settings.folder is None:
+        return
+    folder = Path(loop.settings.folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoints into {folder}: {error}") from error
+    split_tensors(loop.state_dict(), clone=False)
 
 
 def load_newest(loop: TrainingLoop) -> None:
@@ -77,6 +98,7 @@ def run_state(loop: TrainingLoop) -> dict[str, Any]:
         "shapes": {name: _shape(parameter) for name, parameter in model.named_parameters()},
         "frozen": {name: fingerprint(p) for name, p in model.named_parameters() if not p.requires_grad},
         "model": dict(_changing(model)),
+        "kinds": _kinds(loop),
         "optimizer": _optimizer_state(loop.optimizer),
         "scheduler": _plain(loop.scheduler.state_dict()),
         "scaler": loop.scaler.state_dict(),
@@ -93,12 +115,18 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
         CheckpointError: the model, the data or a setting is another; the sentence names the first difference.
     """
     model = unwrap(loop.model)
-    missing = sorted({"step", "run", "adapters", "shapes", "frozen", "model", "optimizer", "random"} - set(state))
+    expected = {
+        "step", "run", "adapters", "shapes", "frozen", "model", "kinds", "optimizer", "scheduler", "scaler", "random",
+        "history", "watchers",
+    }  # fmt: skip
+    missing = sorted(expected - set(state))
     if missing:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is not one of a TrainingLoop")
     _same_model(model, state)
     _same_adapters(_adapters(model), state["adapters"])
     _same_run(loop, state["run"])
+    if state["kinds"] != _kinds(loop):
+        raise CheckpointError(f"optimizer and schedule were {state['kinds']} in the run and are {_kinds(loop)} now")
     watchers = _watchers(loop)
     saved = [name for name, _ in state["watchers"]]
     if saved != [type(watcher).__name__ for watcher in watchers]:
@@ -106,6 +134,8 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
             f"the run's penalties and callbacks with state were {saved or 'none'}; now they are "
             f"{[type(watcher).__name__ for watcher in watchers] or 'none'}"
         )
+    for watcher, (_, value) in zip(watchers, state["watchers"], strict=True):
+        watcher.load_state_dict(value)
     own = dict(_changing(model))
     with torch.no_grad():
         for name, value in state["model"].items():
@@ -119,8 +149,6 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
     )
     loop.scheduler.load_state_dict(dict(state["scheduler"]))
     loop.scaler.load_state_dict(dict(state["scaler"]))
-    for watcher, (_, value) in zip(watchers, state["watchers"], strict=True):
-        watcher.load_state_dict(value)
     loop.history[:] = History(state["history"])
     loop.step = int(state["step"])
     set_random_state(state["random"])
@@ -151,6 +179,11 @@ def _same_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     if set(own) != set(state["model"]):
         name = sorted(set(own) ^ set(state["model"]))[0]
         raise CheckpointError(f"the tensor {name} is in the {'model' if name in own else 'checkpoint'} only")
+    for name, tensor in own.items():
+        if _shape(tensor) != _shape(state["model"][name]):
+            raise CheckpointError(
+                f"{name} is {_shape(tensor)} in the model, {_shape(state['model'][name])} in the checkpoint"
+            )
 
 
 def _same_adapters(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
@@ -194,6 +227,11 @@ def _shape(parameter: Tensor) -> list[Any]:
     return [list(parameter.shape), str(parameter.dtype).removeprefix("torch.")]
 
 
+def _kinds(loop: TrainingLoop) -> list[Any]:
+    groups = [len(group["params"]) for group in loop.optimizer.param_groups]
+    return [type(loop.optimizer).__name__, groups, type(loop.scheduler).__name__]
+
+
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = optimizer.state_dict()
     return {
@@ -208,6 +246,7 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _watchers(loop: TrainingLoop) -> list[Any]:
-    """Return the penalties and callbacks that have state, each once."""
+    """Return the penalties and callbacks that may have state, each once."""
+    nothing = Callback.state_dict
     found = [*loop.penalties, *(callback for callback in loop.callbacks if callback not in loop.penalties)]
-    return [watcher for watcher in found if hasattr(watcher, "state_dict") and watcher.state_dict()]
+    return [watcher for watcher in found if getattr(type(watcher), "state_dict", nothing) is not nothing]

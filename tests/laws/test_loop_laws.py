@@ -123,6 +123,12 @@ class ForgetsMomentum(TrainingLoop):
         self._optimizer = (torch.optim.AdamW(self.model.parameters(), lr=1e-2), self.scheduler)
 
 
+class ForgetsRandomness(TrainingLoop):
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        torch.manual_seed(999)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
@@ -131,6 +137,7 @@ class ForgetsMomentum(TrainingLoop):
         (Accumulating, "no trace: the gradient of"),
         (SwitchesMode, "no trace: accumulate_gradients changed the model's mode from training=False"),
         (Wandering, "order by step: micro_batches"),
+        (ForgetsRandomness, "one result: after a stop and a resume .* is off by"),
         (ForgetsMomentum, "one result: after a stop and a resume .* is off by"),
     ],
 )

@@ -53,6 +53,34 @@ def test_a_change_that_is_not_finite_is_refused():
     refused(model, "is not finite: nothing has been merged")
 
 
+def test_biases_of_two_adapters_add_up_when_merged_one_after_the_other():
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    for name in ("one", "two"):
+        attach(model, LoRA(rank=2, alpha=2, targets=["0"], train_bias="lora_only"), name)
+        with torch.no_grad():
+            for parameter in adapter_parameters(model, name).values():
+                parameter.add_(torch.randn_like(parameter))
+    x = torch.randn(11, 5)
+    before = model(x).detach()
+    for name in ("one", "two"):
+        merge(model, name)
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_compiled_by_itself_is_refused():
+    model = nn.Sequential(torch.compile(nn.Linear(5, 7), backend="eager"), nn.Linear(7, 3))
+    with pytest.raises(ValueError, match="a target has been compiled by itself"):
+        attach(model, LoRA(rank=2, alpha=2, targets=["0"]))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_may_be_tied_again_under_an_adapter():
+    model = tiny_llama(tied=True)
+    attach(model, LoRA(rank=2, alpha=3, targets=["lm_head"]))
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_merging_twice_and_unmerging_nothing_are_refused():
     model = tiny_llama()
     attach(model, LoRA(rank=2, alpha=3))

@@ -52,9 +52,18 @@ def test_what_is_no_tensor_and_no_json_is_named():
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    for step in (1, 2, 13, 5):
+    for step in (1, 2, 9, 13):
         write_checkpoint(tmp_path, step, state_of(step), keep=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000013"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000009", "step-00000013"]
+
+
+def test_what_lies_ahead_of_a_run_that_went_back_is_removed_and_not_the_new_one(tmp_path):
+    for step in (4, 6):
+        write_checkpoint(tmp_path, step, state_of(step), keep=1 if step == 4 else 2)
+    truncate(tmp_path / "step-00000006" / "state.json")
+    assert newest_valid(tmp_path)[0].name == "step-00000004"
+    path = write_checkpoint(tmp_path, 5, state_of(5), keep=1)
+    assert [child.name for child in tmp_path.iterdir()] == [path.name] == ["step-00000005"]
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):

@@ -187,6 +187,144 @@ def test_fp16_scales_the_loss_and_unscales_before_the_callbacks():
     assert float((seen["fp16"] - seen["float32"]).abs().max()) < 0.05 * scale
 
 
+def test_fp16_passes_over_an_overflow_but_not_over_what_is_never_finite():
+    class Overflowing(TrainingLoop):
+        def compute_loss(self, model, batch):
+            loss = super().compute_loss(model, batch)
+            spoiled = self.step in self.spoil
+            model.lm_head.weight.register_hook(lambda g: g * float("inf")) if spoiled else None
+            return loss
+
+    run = settings(max_steps=3, precision="fp16")
+    loop = Overflowing(tiny_llama(), uneven_rows(), settings=run)
+    loop.spoil = ()
+    loop.accumulate_gradients(loop.micro_batches(0))
+    loop.accumulate_gradients(loop.micro_batches(0))  # gradients may be taken twice a step
+    history = loop.fit()
+    assert [row["overflow"] for row in history] == [0.0, 0.0, 0.0] or history[0]["overflow"] == 1.0
+    assert all(p.isfinite().all() for p in loop.model.parameters())
+
+    loop = Overflowing(tiny_llama(), uneven_rows(), settings=settings(max_steps=99, precision="fp16"))
+    loop.spoil = range(99)
+    with pytest.raises(NonFiniteError, match="the gradient is not finite"):
+        loop.fit()
+    assert all(p.isfinite().all() for p in loop.model.parameters())
+
+
+def test_fp16_does_not_pass_over_a_penalty_without_a_finite_gradient():
+    model = tiny_llama()
+    before = weights(model)
+    penalty = lambda m: ((m.lm_head.weight - m.lm_head.weight.detach()) ** 2).sum().sqrt()
+    with pytest.raises(NonFiniteError, match=r"step 1: the gradient is not finite, first in lm_head.weight"):
+        TrainingLoop(model, uneven_rows(), settings=settings(precision="fp16"), penalties=[penalty]).fit()
+    assert equal(before, weights(model))
+
+
+def test_what_cannot_be_saved_is_found_before_the_first_step(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoints into .*file"):
+        TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(folder=file)).fit()
+
+    class Odd(Callback):
+        def state_dict(self):
+            return {"seen": {1, 2}}
+
+    loop = TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(folder=tmp_path / "run"), callbacks=[Odd()])
+    with pytest.raises(TypeError, match="seen is a set"):
+        loop.fit()
+    assert loop.step == 0
+
+
+def test_a_callback_whose_state_is_empty_at_first_is_resumed(tmp_path):
+    class Filling(Callback):
+        def __init__(self):
+            self.kept = {}
+
+        def on_step_end(self, loop, metrics):
+            self.kept = {"loss": metrics["loss"]}
+
+        def state_dict(self):
+            return self.kept
+
+        def load_state_dict(self, state):
+            self.kept = dict(state)
+
+    TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(folder=tmp_path), callbacks=[Filling()]).fit()
+    callback = Filling()
+    TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(folder=tmp_path), callbacks=[callback]).fit(resume=True)
+    assert callback.kept
+
+
+def test_another_optimizer_is_refused_and_nothing_changed(tmp_path):
+    class Plain(TrainingLoop):
+        def configure_optimizer(self):
+            optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(folder=tmp_path)).fit()
+    other = Plain(tiny_llama(), uneven_rows(), settings=settings(folder=tmp_path))
+    before = weights(other.model)
+    with pytest.raises(CheckpointError, match=r"optimizer and schedule were .*AdamW.* and are .*SGD"):
+        other.fit(resume=True)
+    assert equal(before, weights(other.model))
+
+
+def test_parts_and_penalties_are_checked():
+    class Named(TrainingLoop):
+        def compute_loss(self, model, batch):
+            return super().compute_loss(model, batch), {"loss": 0.0}
+
+    with pytest.raises(ValueError, match='a part of the loss cannot be called "loss"'):
+        Named(tiny_llama(), uneven_rows(), settings=settings()).fit()
+
+    def nothing(model):
+        return torch.zeros(())
+
+    loop = TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(), penalties=[nothing])
+    with pytest.raises(ValueError, match="the penalty nothing must return a scalar tensor that reaches"):
+        loop.fit()
+
+
+def test_looking_changes_nothing():
+    def draws(rows):
+        torch.rand(3)
+        return collate_padded(rows)
+
+    found = []
+    for every in (None, 1):
+        run = settings(eval_every=every, rows_per_micro_batch=2)
+        loop = TrainingLoop(
+            tiny_gpt2(dropout=0.2), uneven_rows(), settings=run, eval_data=uneven_rows(3), collate=draws
+        )
+        loop.fit()
+        found.append(weights(loop.model))
+    assert equal(*found)
+
+
+def test_a_penalty_among_the_callbacks_is_called_once_an_event():
+    class Counting(Callback):
+        calls = 0
+
+        def __call__(self, model):
+            return 0 * model.lm_head.weight.sum()
+
+        def on_step_end(self, loop, metrics):
+            self.calls += 1
+
+    both = Counting()
+    TrainingLoop(tiny_llama(), uneven_rows(), settings=settings(), penalties=[both], callbacks=[both]).fit()
+    assert both.calls == 3
+
+
+def test_a_step_of_ones_own_may_report_what_it_likes():
+    class Own(TrainingLoop):
+        def training_step(self, batches):
+            return {"value": 1.0}
+
+    assert len(Own(tiny_llama(), uneven_rows(), settings=settings(progress=True)).fit()) == 3
+
+
 def test_labels_all_ignored_are_refused_before_any_work():
     rows = [{"input_ids": [5, 7, 11], "labels": [-100, -100, -100]}] * 4
     model = tiny_llama()
