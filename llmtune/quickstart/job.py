@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 
+import torch
+
 from llmtune.errors import NonFiniteError, did_you_mean
 from llmtune.quickstart.inputs import Inputs, cpython_inputs, row_inputs
 from llmtune.quickstart.model import check_model_folder, context_length, embedded_model, load_model, load_tokenizer
@@ -58,8 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 where the input is bad (one sentence on the standard error stream, nothing written); 1 where
         a way's training leaves the finite numbers.
     """
-    parser = command_line()
-    options = parser.parse_args(arguments)
+    options = command_line().parse_args(arguments)
+    threads = torch.get_num_threads()
+    if options.model is None:
+        torch.set_num_threads(
+            1
+        )  # so small a model gains little by a second one, and loses much on busy cores
+    try:
+        return _work(options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _work(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     try:
         job = prepare_job(options)
@@ -105,7 +118,7 @@ def command_line() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         metavar="N",
-        help="optimizer steps of each way (default: 32, with --model 12; with --data one pass over its rows)",
+        help="optimizer steps of each way (default: 24, with --model 12; with --data one pass over its rows)",
     )
     add(
         "--learning-rate",

@@ -72,7 +72,7 @@ class Sizes:
 
 
 EMBEDDED = Sizes(
-    max_tokens=256, steps=32, rows_per_step=8, measured=24, fisher=32,
+    max_tokens=256, steps=24, rows_per_step=8, measured=24, fisher=32,
     rank=16, learning_rate=5e-3, distill=0.3, ewc=0.3,
 )  # fmt: skip
 OWN = Sizes(
@@ -148,7 +148,7 @@ def run_way(
     steps = sizes.steps_over(inputs.new)
     settings = LoopSettings(
         max_steps=steps, rows_per_step=sizes.rows_per_step, rows_per_micro_batch=min(sizes.rows_per_step, 2),
-        learning_rate=sizes.learning_rate / (10 if way == "full" else 1), schedule="cosine",
+        learning_rate=sizes.learning_rate / 1, schedule="cosine",
         warmup_steps=min(4, steps // 4), seed=seed, eval_every=max(steps // 4, 1), progress=bar,
     )  # fmt: skip
     history = TrainingLoop(
