@@ -25,7 +25,7 @@ def start_peak() -> bool:
         except (OSError, AttributeError):
             pass
         try:
-            CLEAR.write_text("5")
+            pass
         except OSError:
             return False
         return True

@@ -148,7 +148,7 @@ def run_way(
     steps = sizes.steps_over(inputs.new)
     settings = LoopSettings(
         max_steps=steps, rows_per_step=sizes.rows_per_step, rows_per_micro_batch=min(sizes.rows_per_step, 2),
-        learning_rate=sizes.learning_rate / 1, schedule="cosine",
+        learning_rate=sizes.learning_rate / (10 if way == "full" else 1), schedule="cosine",
         warmup_steps=min(4, steps // 4), seed=seed, eval_every=max(steps // 4, 1), progress=bar,
     )  # fmt: skip
     history = TrainingLoop(
