@@ -25,7 +25,7 @@ def start_peak() -> bool:
         except (OSError, AttributeError):
             pass
         try:
-            pass
+            CLEAR.write_text("5")
         except OSError:
             return False
         return True
