@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = command_line().parse_args(arguments)
     threads = torch.get_num_threads()
     if options.model is None:
-        torch.set_num_threads(
-            1
-        )  # so small a model gains little by a second one, and loses much on busy cores
+        torch.set_num_threads(1)  # so small a model gains little by a second one, and loses much on busy cores
     try:
         return _work(options)
     finally:

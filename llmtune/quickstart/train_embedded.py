@@ -4,9 +4,10 @@ A Llama of a million parameters and its tokenizer, a byte-level BPE, learn the p
 with the running CPython (`corpus.prose`, training side). One command, seeded; it prints the loss as it goes and, at the
 end, the perplexity on the held-out side.
 
-The model in the package was trained on CPython 3.11.7 with the settings below, in about 12 minutes on one core of a
-shared 2-core x86 machine. Another CPython has slightly other texts, and another processor other roundings, so that a
-rebuilt model is as good but not the same to the bit.
+The model in the package was trained on CPython 3.11.7 with the settings below and OMP_NUM_THREADS=1: about 12 minutes
+of one core of a shared 2-core x86 machine. Its held-out perplexity is 30 a token (counting words alone: 546). Another
+CPython has slightly other texts, and another processor other roundings, so that a rebuilt model is as good but not the
+same to the bit.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ class Sizes:
         max_tokens: tokens in a pack of the new domain.
         steps: optimizer steps; None for one pass over the data.
         rows_per_step: packs whose gradient makes a step.
+        evaluations: how often the held-out texts of the new domain are measured, the end included.
         measured: packs of each held-out side to measure on, at most.
         fisher: packs of the old domain to take Fisher information from.
         rank: of LoRA, on every linear layer but the head.
@@ -59,6 +60,7 @@ class Sizes:
     max_tokens: int
     steps: int | None
     rows_per_step: int
+    evaluations: int
     measured: int
     fisher: int
     rank: int
@@ -72,11 +74,11 @@ class Sizes:
 
 
 EMBEDDED = Sizes(
-    max_tokens=256, steps=24, rows_per_step=8, measured=24, fisher=32,
+    max_tokens=256, steps=24, rows_per_step=8, evaluations=4, measured=24, fisher=32,
     rank=16, learning_rate=5e-3, distill=0.3, ewc=0.3,
 )  # fmt: skip
 OWN = Sizes(
-    max_tokens=1024, steps=12, rows_per_step=1, measured=8, fisher=8,
+    max_tokens=1024, steps=12, rows_per_step=1, evaluations=2, measured=8, fisher=8,
     rank=16, learning_rate=5e-4, distill=0.3, ewc=0.3,
 )  # fmt: skip
 
@@ -92,7 +94,7 @@ class Result:
         trained: parameters trained.
         seconds: of the way's own work: loading, Fisher information, training; without measuring on held-out texts.
         peak: bytes the process held at most, from loading to the end of training.
-        history: a row a step, four of them with the loss on the new domain's held-out texts.
+        history: a row a step, some of them with the loss on the new domain's held-out texts.
         adapter: the folder of the saved adapter; None for full fine-tuning.
         checked: what the check of the saved adapter found; empty for full fine-tuning.
     """
@@ -149,7 +151,7 @@ def run_way(
     settings = LoopSettings(
         max_steps=steps, rows_per_step=sizes.rows_per_step, rows_per_micro_batch=min(sizes.rows_per_step, 2),
         learning_rate=sizes.learning_rate / (10 if way == "full" else 1), schedule="cosine",
-        warmup_steps=min(4, steps // 4), seed=seed, eval_every=max(steps // 4, 1), progress=bar,
+        warmup_steps=min(4, steps // 4), seed=seed, eval_every=ceil(steps / sizes.evaluations), progress=bar,
     )  # fmt: skip
     history = TrainingLoop(
         model, inputs.new, eval_data=inputs.new_held_out, settings=settings, loss=loss, penalties=penalties

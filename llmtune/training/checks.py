@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmtune.errors import NonFiniteError
-from llmtune.types import Batch, Penalty
+from llmtune.types import Penalty
 
 RESERVED = {"loss", "penalty", "targets", "overflow", "grad_norm", "learning_rate", "step", "tokens", "seconds"}
 
@@ -84,11 +84,6 @@ def check_finite(model: nn.Module, metrics: Mapping[str, Any], *, step: int, sca
     raise NonFiniteError(f"step {step}: the gradient is not finite, {where}; no weight has been changed by this step")
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the Euclidean norm of all gradients of the model together, a scalar."""
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-
-
 def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     """Return `penalty(model)` in float32, a scalar.
 
@@ -110,24 +105,3 @@ def check_one_process() -> None:
         ranks = torch.distributed.get_world_size()
         if ranks > 1:
             raise RuntimeError(f"this loop runs in one process; started in {ranks}, each would train on the same rows")
-
-
-def real_tokens(batch: Batch) -> int:
-    """Return how many tokens of the batch are no padding; 0 where it has no "input_ids"."""
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    return int(mask.sum()) if mask is not None else (0 if ids is None else ids.numel())
-
-
-def mean_by_name(batches: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, float]:
-    """Return the sum over all batches' sums divided by that of their counts, name by name.
-
-    Args:
-        batches: (sums, counts) of each batch, of the same names; a name whose counts are all 0 is left out.
-    """
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    for batch_sums, batch_counts in batches:
-        for name, value in batch_sums.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-            counts[name] = counts.get(name, 0.0) + float(batch_counts[name])
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}

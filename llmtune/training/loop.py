@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,7 @@ from llmtune.training.checks import (
     check_rows,
     check_trainable,
     checked_penalty,
-    gradient_norm,
     loss_and_parts,
-    mean_by_name,
-    real_tokens,
 )
 from llmtune.training.history import History
 from llmtune.training.optimizer import adamw_with_schedule
@@ -39,6 +35,7 @@ from llmtune.training.progress import Progress
 from llmtune.training.randomness import fixed_randomness, rows_of_step, seed_everything
 from llmtune.training.resume import check_can_save, load_newest, refuse_used_folder, run_state, save_run, take_back
 from llmtune.training.settings import LoopSettings
+from llmtune.training.sums import add_share, clip_gradients, gradient_norm, mean_by_name, real_tokens
 from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty, Rows
 
 
@@ -104,8 +101,6 @@ class TrainingLoop:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self._optimizer: tuple[torch.optim.Optimizer, Any] | None = None
 
-    # --- the parts a method overrides -------------------------------------------------------------------------------
-
     def configure_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return (optimizer, learning-rate scheduler): AdamW over what requires a gradient, the settings' schedule."""
         return adamw_with_schedule(self.model, self.settings, self.total_steps)
@@ -122,10 +117,8 @@ class TrainingLoop:
 
     def row_indices(self, step: int) -> list[int]:
         """Return which rows of the data make up step `step`: the next ones of an endless chain of shuffled epochs."""
-        settings = self.settings
-        return rows_of_step(
-            step, length=len(self.train_data), size=settings.rows_per_step, seed=settings.seed, epochs=settings.epochs
-        )
+        run, length = self.settings, len(self.train_data)
+        return rows_of_step(step, length=length, size=run.rows_per_step, seed=run.seed, epochs=run.epochs)
 
     def prepare_batch(self, batch: Batch) -> Batch:
         """Return the batch on the model's device."""
@@ -187,9 +180,7 @@ class TrainingLoop:
             with self._autocast():
                 loss, parts = loss_and_parts(self.compute_loss(self.model, self.prepare_batch(batch)))
             self.scaler.scale(loss * (count / total)).backward()
-            for name, value in {"loss": loss, **parts}.items():
-                share = torch.as_tensor(value, device=self.device).detach().float() * (count / total)
-                metrics[name] = metrics[name] + share if name in metrics else share
+            add_share(metrics, {"loss": loss, **parts}, count / total)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
             metrics["overflow"] = (~gradient_norm(self.model).isfinite()).float()
@@ -202,12 +193,7 @@ class TrainingLoop:
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to `clip_norm` where they exceed it; return their norm from before, a scalar."""
-        norm = gradient_norm(self.model)
-        if self.settings.clip_norm is not None:
-            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            factor = (self.settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))  # a NaN stays where it arose
-        return norm
+        return clip_gradients(self.model, self.settings.clip_norm)
 
     def training_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Take ONE OPTIMIZER STEP and return its metrics (elsewhere the name means one micro-batch).
@@ -237,11 +223,11 @@ class TrainingLoop:
         """
         if self.eval_data is None:
             raise ValueError("there is nothing to evaluate on: give the loop eval_data")
-        size = self.settings.rows_per_micro_batch or self.settings.rows_per_step
+        rows, size = self.eval_data, self.settings.rows_per_micro_batch or self.settings.rows_per_step
         with eval_mode(self.model), fixed_randomness():  # looking changes nothing
             means = mean_by_name(
-                self.eval_step(self.collate([self.eval_data[i] for i in range(start, stop)]))
-                for start, stop in pairwise((*range(0, len(self.eval_data), size), len(self.eval_data)))
+                self.eval_step(self.collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
+                for start in range(0, len(rows), size)
             )
         if not means:
             raise ValueError("no row of eval_data has a target: every label is ignored (-100)")
@@ -270,8 +256,6 @@ class TrainingLoop:
             CheckpointError: the state is of another model, data set or run; the sentence names the first difference.
         """
         take_back(self, state)
-
-    # --- the run ----------------------------------------------------------------------------------------------------
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtune.adapters import files
+from llmtune.adapters import LoRA, attach, detach, files
+from llmtune.adapters.attach import adapter_names
 from llmtune.quickstart import embedded_model, inputs, job, peak, report, ways
 from llmtune.quickstart.inputs import row_inputs
 from llmtune.quickstart.model import load_model, load_tokenizer
@@ -148,6 +149,25 @@ def test_an_adapter_that_does_not_come_back_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(ways, "load", load_badly)
     with pytest.raises(RuntimeError, match="does not give back the tuned model"):
         ways.run_way("lora", embedded_model(), found, sizes, before=(1.0, 1.0), seed=0, out=tmp_path, bar=False)
+
+
+def test_the_check_ends_with_a_plain_merged_model_and_notices_a_wrong_merge(tmp_path, monkeypatch):
+    ids = torch.tensor([[5, 7, 11, 13]])
+    for wrong in (False, True):
+        model = load_model(embedded_model())
+        attach(model, LoRA(rank=4, alpha=8))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_b" in name:
+                    parameter.add_(0.01)
+        if wrong:
+            monkeypatch.setattr(ways, "merge", lambda model, **_: detach(model))
+            with pytest.raises(RuntimeError, match="does not give back the tuned model"):
+                ways.save_and_check(model, embedded_model(), tmp_path / "wrong", {"input_ids": ids})
+        else:
+            ways.save_and_check(model, embedded_model(), tmp_path / "right", {"input_ids": ids})
+            assert adapter_names(model) == []
+            assert not any("lora" in name for name, _ in model.named_modules())
 
 
 def test_own_rows_with_the_embedded_model(tmp_path, monkeypatch, capsys):
