@@ -229,6 +229,7 @@ def run(job: Job, before: tuple[float, float]) -> None:
         before: perplexities of the untuned model (new, old).
     """
     job.out.mkdir(parents=True, exist_ok=True)
+    peak_of = PEAK_OF[start_peak()]
     results = []
     for way in job.ways:
         print(f"{WAYS[way]} ...", flush=True)
@@ -247,7 +248,7 @@ def run(job: Job, before: tuple[float, float]) -> None:
         losses = [log(perplexity) for perplexity in results[-1].new]
         print(f"    held-out loss of the new domain {losses[0]:.3f} -> {losses[1]:.3f}", flush=True)
     print(f"\n{table(results)}\n")
-    print("Perplexities are per token, on held-out texts. Seconds are without measuring them. " + PEAK_OF[start_peak()])
+    print("Perplexities are per token, on held-out texts. Seconds are without measuring them. " + peak_of)
     for line in write_files(results, job.out):
         print(line)
 
