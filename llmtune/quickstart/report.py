@@ -91,10 +91,10 @@ def _plot_forgetting(results: Sequence[Result], out: Path) -> Path:
     for axes, (title, pairs) in zip(figure.subplots(1, 2), panels, strict=True):
         before, after = pairs[0][0], [pair[1] for pair in pairs]
         bars = axes.bar(names, after, color=[COLORS[r.way] for r in results], width=0.6)
-        axes.bar_label(bars, [f"{value:.1f}" for value in after])
+        axes.bar_label(bars, [f"{value:.2f}" for value in after], label_type="center", color="white", weight="bold")
         inside = before <= 3 * max(after)  # else the line would press the bars flat
         note = "" if inside else " (above the picture)"
-        axes.axhline(before, color="black", linestyle="--", label=f"before tuning: {before:.1f}{note}")
+        axes.axhline(before, color="black", linestyle="--", label=f"before tuning: {before:.2f}{note}")
         axes.set(title=title, ylabel="held-out perplexity (lower is better)")
         axes.set_ylim(0, 1.3 * max(*after, before if inside else 0))
         axes.legend(loc="upper right")
