@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmtune.attention.biases import RelativeBias
 from llmtune.attention.mask_base import Mask
 
 
@@ -20,7 +21,7 @@ class AttentionCase:
         key: [B, K, S, D], H % K == 0.
         value: [B, K, S, Dv].
         mask: fits B, H, T and S.
-        bias: broadcastable to [B, H, T, S].
+        bias: a tensor broadcastable to [B, H, T, S], or one that goes by distance.
         scale: what the products are multiplied by; left out, D ** -0.5.
         dropout_p: probability that a weight is dropped, 0 to 1.
         softcap: > 0, or None.
@@ -37,7 +38,7 @@ class AttentionCase:
     key: Tensor
     value: Tensor
     mask: Mask | None = None
-    bias: Tensor | None = None
+    bias: Tensor | RelativeBias | None = None
     scale: float | None = None
     dropout_p: float = 0.0
     softcap: float | None = None
@@ -66,6 +67,23 @@ class AttentionCase:
     def factor(self) -> float:
         """What the products of queries and keys are multiplied by: `scale`, or D ** -0.5 where it was left out."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def scores(self) -> int:
+        """How many scores there are: B * H * T * S."""
+        return self.query.shape[:3].numel() * self.key.shape[2]
+
+    def bias_tensor(self) -> Tensor | None:
+        """Return the bias as a tensor that adds to scores [B, H, T, S]; one that goes by distance becomes a table."""
+        if isinstance(self.bias, RelativeBias):
+            wide = torch.promote_types(self.query.dtype, torch.float32)
+            return self.bias.dense(self.query.shape[2], self.key.shape[2], device=self.query.device, dtype=wide)
+        return self.bias
+
+    def bias_is_learned(self) -> bool:
+        """Return whether the bias wants a gradient."""
+        learned = [self.bias] if isinstance(self.bias, Tensor) else [] if self.bias is None else self.bias.parameters()
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -114,9 +132,19 @@ def _check_numbers(case: AttentionCase) -> None:
         raise ValueError(f"softcap must be positive, got {case.softcap}; leave it out for none")
 
 
-def _check_bias(bias: Tensor, query: Tensor, shape: tuple[int, ...]) -> None:
+def _check_bias(bias: Tensor | RelativeBias, query: Tensor, shape: tuple[int, ...]) -> None:
+    if isinstance(bias, RelativeBias):
+        if bias.heads != shape[1]:
+            raise ValueError(f"the bias {type(bias).__name__} has {bias.heads} heads, the query {shape[1]}")
+        for parameter in bias.parameters():
+            if parameter.device != query.device:
+                raise ValueError(f"the bias is on {parameter.device}, the query on {query.device}: move one of them")
+        return
     if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a tensor to add to the scores, got {type(bias).__name__}")
+        raise TypeError(
+            "bias must be a tensor to add to the scores, or an ALiBi or RelativePositionBias, "
+            f"got {type(bias).__name__}" + ("; a mask goes in as mask" if isinstance(bias, Mask) else "")
+        )
     if bias.dtype not in (query.dtype, torch.float32):
         raise ValueError(
             f"bias must be {query.dtype}, as the query, or torch.float32, got {bias.dtype}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +10,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llmtune.attention.mask_base import Mask, host_ints, known_ints
+from llmtune.attention.host_ints import host_ints, known_ints
+from llmtune.attention.key_ranges import KeyRanges, kept_ranges, keys_between
+from llmtune.attention.mask_base import Mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +109,53 @@ class Documents(Mask):
 
     def dense(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
         """Return bool [T, S], or [B, 1, T, S] where the documents are given as ids. See `Mask.dense`."""
+        return self.tile(range(T), range(S), T, S, device=device)
+
+    def tile(self, queries: range, keys: range, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+        """Return bool [t, s], or [B, 1, t, s] where the documents are given as ids. See `Mask.tile`."""
         self.fit(T, S)
         if self.query_ids is not None:
-            keys = self.query_ids if self.key_ids is None else self.key_ids
-            return self.query_ids[:, None, :, None] == keys[:, None, None, :]
-        query = _ids(known_ints(self.cu_seqlens), device)
-        key = query if self.key_cu_seqlens is None else _ids(known_ints(self.key_cu_seqlens), device)
-        return query[:, None] == key
+            key_ids = self.query_ids if self.key_ids is None else self.key_ids
+            query, key = self.query_ids[:, queries.start : queries.stop], key_ids[:, keys.start : keys.stop]
+            return query[:, None, :, None] == key[:, None, None, :]
+        query_cuts, key_cuts = self._cuts()
+        return _document_of(queries, query_cuts, device)[:, None] == _document_of(keys, key_cuts, device)
+
+    def span(self, queries: range, T: int, S: int) -> range:
+        """Return the keys from the first query's document to the last's. See `Mask.span`."""
+        self.fit(T, S)
+        if self.query_ids is not None:
+            ranges = self._ranges_of(self.query_ids)
+            return range(S) if ranges is None else ranges.span(queries)
+        if torch.compiler.is_compiling():  # a traced graph is to fit other cuts too
+            return range(S)
+        if len(queries) == 0:
+            return range(0)
+        query_cuts, key_cuts = self._cuts()
+        first, last = bisect_right(query_cuts, queries.start) - 1, bisect_left(query_cuts, queries.stop) - 1
+        return keys_between(key_cuts[first], key_cuts[last + 1], S)
+
+    def sees_all(self, queries: range, keys: range, T: int, S: int) -> bool:
+        """Return whether they are of one document; False where an id comes back later. See `Mask.sees_all`."""
+        self.fit(T, S)
+        if self.query_ids is not None:
+            ranges = self._ranges_of(self.query_ids)
+            return ranges is not None and ranges.sees_all(queries, keys)
+        if torch.compiler.is_compiling():
+            return False
+        if len(queries) == 0 or len(keys) == 0:
+            return True
+        query_cuts, key_cuts = self._cuts()
+        document = bisect_right(query_cuts, queries.start) - 1
+        own = key_cuts[document] <= keys.start and keys.stop <= key_cuts[document + 1]
+        return own and queries.stop <= query_cuts[document + 1]
+
+    def _cuts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return known_ints(self.cu_seqlens), known_ints(self.key_cu_seqlens or self.cu_seqlens)
+
+    def _ranges_of(self, query_ids: Tensor) -> KeyRanges | None:
+        key_ids = query_ids if self.key_ids is None else self.key_ids
+        return kept_ranges(self, query_ids, lambda: _ranges_of_ids(query_ids, key_ids))
 
 
 def _running_sum(lengths: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
@@ -132,6 +175,26 @@ def _cuts(values: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
     return cuts
 
 
-def _ids(cuts: tuple[int, ...], device: torch.device | str | None) -> Tensor:
-    lengths = torch.tensor([end - start for start, end in pairwise(cuts)], device=device)
-    return torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=cuts[-1])
+def _document_of(part: range, cuts: tuple[int, ...], device: torch.device | str | None) -> Tensor:
+    """Return the document of each of these tokens, int64 [n]."""
+    first, last = 0, len(cuts) - 1
+    if not torch.compiler.is_compiling():  # a traced graph is to fit other cuts too
+        first, last = bisect_right(cuts, part.start) - 1, bisect_left(cuts, part.stop)  # no others can be theirs
+    ends = torch.tensor(cuts[first + 1 : last + 1], dtype=torch.long, device=device)
+    return first + torch.bucketize(torch.arange(part.start, part.start + len(part), device=device), ends, right=True)
+
+
+def _ranges_of_ids(query_ids: Tensor, key_ids: Tensor) -> KeyRanges:
+    """Return each query's keys, from ids [B, T] and [B, S], without a [B, T, S] table."""
+    (B, T), S = query_ids.shape, key_ids.shape[1]
+    if query_ids.numel() == 0 or S == 0:
+        return KeyRanges([(0, S)], [(S, 0)], S)
+    _, number = torch.cat((query_ids, key_ids), dim=1).unique(return_inverse=True)  # 0, 1, ... in place of the ids
+    number = number + (int(number.max()) + 1) * torch.arange(B, device=number.device)[:, None]  # each row its own
+    query, key = number[:, :T], number[:, T:].flatten()
+    position = torch.arange(S, device=key.device).repeat(B)
+    size = int(number.max()) + 1
+    first = position.new_full((size,), S).scatter_reduce(0, key, position, "amin")
+    end = position.new_zeros(size).scatter_reduce(0, key, position + 1, "amax")
+    count = torch.bincount(key, minlength=size)
+    return KeyRanges.of_rows(first[query], end[query], count[query], S)

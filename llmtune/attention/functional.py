@@ -12,12 +12,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from llmtune.attention import reference, sdpa
+from llmtune.attention import chunked, packed, reference, sdpa, windowed
+from llmtune.attention.bands import has_part
+from llmtune.attention.biases import RelativeBias
 from llmtune.attention.case import AttentionCase
 from llmtune.attention.mask_base import Mask
+from llmtune.attention.window import SlidingWindow
 from llmtune.errors import did_you_mean
 
-_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (sdpa, reference)}
+_BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (windowed, packed, sdpa, chunked, reference)}
+SMALL = 2**20  # scores; below, one fused call or the plain formula is as good as anything cleverer
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def scaled_dot_product_attention(
     value: Tensor,
     *,
     mask: Mask | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
@@ -62,7 +66,8 @@ def scaled_dot_product_attention(
         value: [B, K, S, Dv].
         mask: which query may attend to which key: `Causal()`, `Padding(...)`, `Documents(...)`, `Dense(...)`, joined
             with `&`. Left out, every query sees every key.
-        bias: added to the scores; [T, S] or [B, H, T, S], where a size may be 1; may carry gradient.
+        bias: added to the scores; [T, S] or [B, H, T, S], where a size may be 1; may carry gradient. Or an `ALiBi` or
+            a `RelativePositionBias`, which go by distance and need no table.
         scale: what the products are multiplied by; left out, D ** -0.5.
         dropout_p: probability, 0 to 1, that a weight is dropped (the rest is scaled by 1 / (1 - p)).
         softcap: c > 0, bounds the scores to -c ... c.
@@ -111,7 +116,7 @@ def choose_backend(
     value: Tensor,
     *,
     mask: Mask | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     softcap: float | None = None,
@@ -133,7 +138,7 @@ def choose_backend(
     >>> from llmtune.attention import choose_backend
     >>> x = torch.zeros(1, 2, 3, 8)
     >>> choose_backend(x, x, x, softcap=30.0)
-    BackendChoice(name='reference', reason='sdpa cannot take softcap=30.0')
+    BackendChoice(name='reference', reason='there are few scores, and sdpa cannot take softcap=30.0')
     """
     return _choose(
         AttentionCase(query, key, value, mask, bias, scale, dropout_p, softcap, sinks, return_lse, generator)
@@ -141,13 +146,27 @@ def choose_backend(
 
 
 def _choose(case: AttentionCase) -> BackendChoice:
-    passed: list[str] = []
-    for name, backend in _BACKENDS.items():
-        why_not = backend.refusal(case)
-        if why_not is None:
-            return BackendChoice(name, ", ".join(passed) or "the first of the backends takes every argument")
-        passed.append(f"{name} cannot take {why_not}")
-    raise AssertionError("the last backend takes every case")
+    """The first backend that takes the case and is worth it there; every rule gives its reason."""
+    no_sdpa = sdpa.refusal(case)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if no_sdpa is None and not (case.return_lse or case.sinks is not None):
+            return BackendChoice("sdpa", "torch.compile or torch.func can trace it")
+        return BackendChoice("reference", "torch.compile or torch.func can trace it")
+    if case.scores < SMALL:
+        if no_sdpa is None:
+            return BackendChoice("sdpa", "one fused call for so few scores")
+        return BackendChoice("reference", f"there are few scores, and sdpa cannot take {no_sdpa}")
+    if case.query.device.type == "cpu" and case.mask is not None and sdpa.needs_table(case):
+        if has_part(case.mask, SlidingWindow) and windowed.refusal(case) is None:
+            return BackendChoice("windowed", "only the keys in the window are computed")
+        if packed.refusal(case) is None:
+            return BackendChoice("packed", "only what the mask lets meet is computed, and no table is made")
+    if no_sdpa is not None:
+        return BackendChoice("chunked", f"memory stays linear in the length, and sdpa cannot take {no_sdpa}")
+    too_much = sdpa.holds_all_scores(case)
+    if too_much is not None:
+        return BackendChoice("chunked", f"sdpa would hold all scores at once because of {too_much}")
+    return BackendChoice("sdpa", "torch's fused kernel takes every argument")
 
 
 def _named(backend: str, case: AttentionCase) -> str:

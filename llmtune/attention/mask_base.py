@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from llmtune.attention.key_ranges import keys_between
 
 _MEANING = {"B": "rows in the batch", "H": "query heads", "T": "queries", "S": "keys"}
 
@@ -36,6 +36,37 @@ class Mask:
             ValueError: the mask does not fit T queries and S keys.
         """
         raise NotImplementedError(f"{type(self).__name__} has no dense(T, S)")
+
+    def tile(self, queries: range, keys: range, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+        """Return a part of the table: dense(T, S)[..., queries, keys].
+
+        Our masks make it without the rest of the table. This one, for masks that know only `dense`, cuts it out.
+
+        Args:
+            queries: of step 1, within 0 ... T; may be empty.
+            keys: of step 1, within 0 ... S; may be empty.
+            T: number of queries.
+            S: number of keys.
+            device: as in `dense`.
+
+        Returns:
+            Bool [t, s] or [B | 1, H | 1, t, s], with t = len(queries) and s = len(keys).
+        """
+        return self.dense(T, S, device=device)[..., queries.start : queries.stop, keys.start : keys.stop]
+
+    def span(self, queries: range, T: int, S: int) -> range:
+        """Return keys outside of which none of these queries sees any, in any row and head: backends skip the others.
+
+        It may be wider than needed, never narrower, and reads no tensor that it has read before. Here: all keys.
+        """
+        return range(S)
+
+    def sees_all(self, queries: range, keys: range, T: int, S: int) -> bool:
+        """Return True only if each of these queries sees all of these keys in every row and head: no tile is needed.
+
+        It may be False where that holds, and reads no tensor that it has read before. Here: False.
+        """
+        return False
 
     def fixed_sizes(self) -> dict[str, int]:
         """Return the sizes this mask is made for, under the letters B, H, T, S; sizes it leaves free are absent."""
@@ -155,25 +186,20 @@ class Intersection(Mask):
         """Return bool [T, S] or [B | 1, H | 1, T, S]. See `Mask.dense`."""
         return functools.reduce(torch.logical_and, (part.dense(T, S, device=device) for part in self.parts))
 
+    def tile(self, queries: range, keys: range, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+        """Return bool [t, s] or [B | 1, H | 1, t, s]. See `Mask.tile`."""
+        tiles = (part.tile(queries, keys, T, S, device=device) for part in self.parts)
+        return functools.reduce(torch.logical_and, tiles)
+
+    def span(self, queries: range, T: int, S: int) -> range:
+        """Return the keys within the spans of all parts. See `Mask.span`."""
+        spans = [part.span(queries, T, S) for part in self.parts]
+        return keys_between(max(span.start for span in spans), min(span.stop for span in spans), S)
+
+    def sees_all(self, queries: range, keys: range, T: int, S: int) -> bool:
+        """Return whether every part says so. See `Mask.sees_all`."""
+        return all(part.sees_all(queries, keys, T, S) for part in self.parts)
+
 
 def _parts(mask: Mask) -> tuple[Mask, ...]:
     return mask.parts if isinstance(mask, Intersection) else (mask,)
-
-
-def host_ints(values: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:
-    """Return lengths or cuts, [n] integers, as ints on the host, where backends plan with them.
-
-    Raises:
-        ValueError: a tensor holds no integers, or is not [n].
-    """
-    if isinstance(values, Tensor):
-        if values.ndim != 1 or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-            raise ValueError(f"{name} must be integers [n], got {values.dtype} of shape {tuple(values.shape)}")
-        return tuple(values.tolist())
-    return tuple(operator.index(value) for value in values)
-
-
-def known_ints(values: Sequence[int] | Tensor | None) -> tuple[int, ...]:
-    """Return what `host_ints` made of a record's field, [n] ints."""
-    assert isinstance(values, tuple)
-    return values

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmtune.attention.mask_base import Mask, host_ints, known_ints
+from llmtune.attention.alignment import aligned_keys, offsets, positions
+from llmtune.attention.host_ints import host_ints, known_ints, one_or_each_row
+from llmtune.attention.key_ranges import KeyRanges, kept_ranges, keys_between
+from llmtune.attention.mask_base import Mask
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Causal(Mask):
             decoding with a cache needs. Torch's `is_causal=True` aligns to the first key; the two agree at T == S.
 
     Raises:
+        TypeError: the offset is neither an integer nor a list of them.
         ValueError: the offset is a tensor that does not hold integers.
 
     >>> from llmtune.attention import Causal
@@ -36,10 +40,8 @@ class Causal(Mask):
     offset: int | Sequence[int] | Tensor | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.offset, Tensor) and self.offset.ndim == 0:
-            object.__setattr__(self, "offset", int(self.offset))
-        elif self.offset is not None and not isinstance(self.offset, int):
-            object.__setattr__(self, "offset", host_ints(self.offset, "offset"))
+        if self.offset is not None:
+            object.__setattr__(self, "offset", one_or_each_row(self.offset, "offset"))
 
     def fixed_sizes(self) -> dict[str, int]:
         """Return {"B": n} where every row has its own offset."""
@@ -47,10 +49,19 @@ class Causal(Mask):
 
     def dense(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
         """Return bool [T, S], or [B, 1, T, S] where every row has its own offset. See `Mask.dense`."""
-        query, key = torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
-        if self.offset is None or isinstance(self.offset, int):
-            return key <= query + (S - T if self.offset is None else self.offset)
-        return key <= query + torch.tensor(known_ints(self.offset), device=device)[:, None, None, None]
+        return self.tile(range(T), range(S), T, S, device=device)
+
+    def tile(self, queries: range, keys: range, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+        """Return bool [t, s], or [B, 1, t, s] where every row has its own offset. See `Mask.tile`."""
+        return positions(keys, device) <= aligned_keys(queries, self.offset, T, S, device)
+
+    def span(self, queries: range, T: int, S: int) -> range:
+        """Return the keys up to the last that the last query sees. See `Mask.span`."""
+        return keys_between(0, queries.stop + max(offsets(self.offset, T, S), default=0), S)
+
+    def sees_all(self, queries: range, keys: range, T: int, S: int) -> bool:
+        """Return whether the first query sees the last key in every row. See `Mask.sees_all`."""
+        return keys.stop - 1 <= queries.start + min(offsets(self.offset, T, S), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +129,34 @@ class Padding(Mask):
 
     def dense(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
         """Return bool [B, 1, T, S]. See `Mask.dense`."""
+        return self.tile(range(T), range(S), T, S, device=device)
+
+    def tile(self, queries: range, keys: range, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+        """Return bool [B, 1, t, s], in which all queries share one row of memory. See `Mask.tile`."""
         self.fit(T, S)
-        real = self.real
-        if real is None:
+        if self.real is not None:
+            real = self.real[:, keys.start : keys.stop]
+        else:
             lengths = torch.tensor(known_ints(self.key_lengths), dtype=torch.long, device=device)
-            real = torch.arange(S, device=device) < lengths[:, None]
-        return real[:, None, None, :].expand(-1, 1, T, S)
+            real = positions(keys, device) < lengths[:, None]
+        return real[:, None, None, :].expand(-1, 1, len(queries), -1)
+
+    def span(self, queries: range, T: int, S: int) -> range:
+        """Return the keys that are real in any row, and those between them. See `Mask.span`."""
+        if self.real is None:
+            return keys_between(0, max(known_ints(self.key_lengths), default=0), S)
+        ranges = self._ranges_of(self.real)
+        return range(S) if ranges is None else ranges.span(queries)
+
+    def sees_all(self, queries: range, keys: range, T: int, S: int) -> bool:
+        """Return whether these keys are real in every row; False where a row has gaps. See `Mask.sees_all`."""
+        if self.real is None:
+            return keys.stop <= min(known_ints(self.key_lengths), default=0)
+        ranges = self._ranges_of(self.real)
+        return ranges is not None and ranges.sees_all(queries, keys)
+
+    def _ranges_of(self, real: Tensor) -> KeyRanges | None:
+        return kept_ranges(self, real, lambda: KeyRanges.of_table(real[:, None]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,3 +196,16 @@ class Dense(Mask):
         """Return the table, repeated to T queries. See `Mask.dense`."""
         self.fit(T, S)
         return self.tensor.expand(*self.tensor.shape[:-2], T, S)
+
+    def span(self, queries: range, T: int, S: int) -> range:
+        """Return the keys that any of these queries sees, and those between them. See `Mask.span`."""
+        ranges = self._ranges_of()
+        return range(S) if ranges is None else ranges.span(queries)
+
+    def sees_all(self, queries: range, keys: range, T: int, S: int) -> bool:
+        """Return whether they do; False where the keys of a query have gaps. See `Mask.sees_all`."""
+        ranges = self._ranges_of()
+        return ranges is not None and ranges.sees_all(queries, keys)
+
+    def _ranges_of(self) -> KeyRanges | None:
+        return kept_ranges(self, self.tensor, lambda: KeyRanges.of_table(self.tensor))

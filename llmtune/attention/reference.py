@@ -41,8 +41,9 @@ def attend(case: AttentionCase) -> tuple[Tensor, Tensor | None]:
     scores = query @ key.transpose(-2, -1) * case.factor
     if case.softcap is not None:
         scores = case.softcap * torch.tanh(scores / case.softcap)
-    if case.bias is not None:
-        scores = scores + case.bias
+    bias = case.bias_tensor()
+    if bias is not None:
+        scores = scores + bias
     if case.mask is not None:
         scores = scores.masked_fill(~case.mask.dense(T, S, device=scores.device), float("-inf"))
     if case.sinks is not None:  # one more key, whose value is zero

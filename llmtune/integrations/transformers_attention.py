@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ from llmtune.attention.documents import Documents
 from llmtune.attention.functional import scaled_dot_product_attention
 from llmtune.attention.mask_base import Mask
 from llmtune.attention.masks import Causal, Dense, Padding
-from llmtune.integrations.transformers_mask import UNPADDED_TABLES, attention_mask_function
-
-NAME = "llmtune"
+from llmtune.attention.window import SlidingWindow
+from llmtune.integrations.transformers_mask import attention_mask_function, read_window_tensor, unpadded_table
+from llmtune.integrations.transformers_support import NAME
 
 # What some models hand to their attention that changes its result and that we do not have.
 _NOT_TAKEN = ("indices", "block_indices", "sinks", "cache", "alibi", "attention_bias", "head_mask", "output_attentions")
@@ -36,10 +37,15 @@ def register() -> None:
 
     A packed batch (position ids that restart at every document, and no padding) keeps its documents apart in decoders
     and in encoders; transformers' own functions do so in decoders only, and only without an attention mask and a cache.
-    An encoder that does not hand its position ids on to its attention layers (DistilBERT, ModernBERT) cannot tell where
-    documents start: pass it `cu_seq_lens_q` too. `llmtune.testing.check_packing_invariant` shows whether a model can.
-    The numbers at padded positions, meaningless anyway, are others than with "eager". Under `torch.compile` attention
-    runs between the compiled graphs, not in them.
+    Transformers tells position ids to the attention layers only where the model hands them on. DistilBERT, ModernBERT,
+    ESM, Splinter and Jina embeddings v3 do not: pass them `cu_seq_lens_q` too, which they hand on. LayoutLM, MarkupLM
+    and MobileBERT hand on neither and cannot be packed; Llama 4 can, without an attention mask and a cache.
+    `llmtune.testing.check_packing_invariant` shows whether a model can be packed by its position ids.
+
+    Models that compute attention by themselves cannot take this name, though transformers lets them: `refusal` says
+    which and why. There are no attention weights to return: `output_attentions=True` is refused, but GPT-2, OPT and
+    StableLM keep it to themselves and return an empty tuple. The numbers at padded positions, meaningless anyway, are
+    others than with "eager". Under `torch.compile` attention runs between the compiled graphs, not in them.
 
     >>> from llmtune.integrations.transformers_attention import register
     >>> from llmtune.testing.models import tiny_llama
@@ -84,8 +90,9 @@ def attention_function(
         query: [B, H, T, D].
         key: [B, K, S, D].
         value: [B, K, S, Dv].
-        attention_mask: what the mask function made: bool [B, S] padding, int32 [B, T] documents, bool
-            [B, 1, T, S] the whole mask; or an additive [B | 1, H | 1, T, S] of the user's, the whole mask too.
+        attention_mask: what the mask function made: bool [B, S] padding, int32 [B, T] documents, int64 [B, S] a window
+            with either, bool [B, 1, T, S] the whole mask; or an additive [B | 1, H | 1, T, S] of the user's, the whole
+            mask too.
         scaling: what the products are multiplied by.
         dropout: probability; acts only while the module is in training mode.
         is_causal: overrides the module's own; without effect beside a whole mask.
@@ -136,6 +143,8 @@ def _is_cross(module: nn.Module) -> bool:
     return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
 
 
+Made = TypeVar("Made")
+
 # Masks made from a tensor that travels through a forward pass, so that all its layers share one mask and its additive
 # form. An entry lives as long as its tensor, so a mask in here must never hold the very tensor it is kept under.
 _SHARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -153,24 +162,27 @@ def _mask(
 ) -> Mask | None:
     (B, _, T, _), S = query.shape, key.shape[2]
     causal = causal and T > 1  # a single query is the last one: it sees all keys
-    whole = attention_mask is not None and attention_mask.ndim == 4
-    unpadded = attention_mask is None or attention_mask in UNPADDED_TABLES
-    if position_ids is not None and (T != S or T == 1 or position_ids.ndim != 2 or not unpadded):
+    said = _Said() if attention_mask is None else _shared(attention_mask, (), lambda: _said_by(attention_mask))
+    if position_ids is not None and (T != S or T == 1 or position_ids.ndim != 2 or not said.unpadded):
         position_ids = None  # beside padding or a cache, positions that start at 0 again are no sign of packing
-    if whole and not unpadded:
+    if said.whole and not said.unpadded:
         cuts = key_cuts = None
 
     def make() -> Mask | None:
         parts: list[Mask | None] = []
-        if attention_mask is None or not whole:
-            parts += [Causal() if causal else None, _window(T, S, window, query.device)]
+        if not said.whole:
+            sizes = {size for size in (window, said.window) if size is not None and size < S}
+            parts += [Causal() if causal else None, *(SlidingWindow(size) for size in sorted(sizes))]
         if cuts is not None:
             parts.append(_documents_of_cuts(B, cuts, key_cuts, causal))
         elif position_ids is not None:
             parts.append(_documents_of_positions(position_ids, B))
-        if attention_mask is not None:
-            parts.append(_said_by(attention_mask))
-        return _joined(parts)
+        if said.chunked and any(isinstance(part, Documents) for part in parts):
+            raise ValueError(
+                "the chunks of chunked attention begin anew in every packed document, which transformers counts only "
+                "without attention_mask and cache: pass no attention_mask, and use_cache=False"
+            )
+        return _joined([*parts, said.mask])
 
     for source in (attention_mask, cuts, position_ids):
         if source is not None:
@@ -178,18 +190,40 @@ def _mask(
     return make()
 
 
-def _said_by(attention_mask: Tensor) -> Mask:
-    """The three kinds of tensor that `attention_mask_function` returns."""
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """What the tensor says that the mask function made.
+
+    whole: it is the whole mask, to which at most documents are added; chunked: not even these.
+    """
+
+    mask: Mask | None = None
+    window: int | None = None
+    unpadded: bool = True
+    whole: bool = False
+    chunked: bool = False
+
+
+def _said_by(attention_mask: Tensor) -> _Said:
+    """Read the four kinds of tensor that `attention_mask_function` returns."""
     if attention_mask.ndim == 4:
-        return Dense(attention_mask.clone())
+        table = unpadded_table(attention_mask)
+        return _Said(Dense(attention_mask.clone()), None, table is not None, True, table == "chunked")
     if attention_mask.dtype == torch.int32:
-        return _documents_of_ids(attention_mask)
-    return Padding.from_attention_mask(attention_mask.clone())
+        return _Said(_documents_of_ids(attention_mask), None, False)
+    window = read_window_tensor(attention_mask)
+    if window is not None:
+        size, real, ids = window
+        mask = (
+            _documents_of_ids(ids) if ids is not None else None if real is None else Padding.from_attention_mask(real)
+        )
+        return _Said(mask, size, mask is None)
+    return _Said(Padding.from_attention_mask(attention_mask.clone()), None, False)
 
 
-def _shared(source: Tensor, what: tuple[Any, ...], make: Callable[[], Mask | None]) -> Mask | None:
+def _shared(source: Tensor, what: tuple[Any, ...], make: Callable[[], Made]) -> Made:
     what = (*what, None if source.is_inference() else source._version)
-    made: dict[tuple[Any, ...], Mask | None] = _SHARED.setdefault(source, {})
+    made: dict[tuple[Any, ...], Any] = _SHARED.setdefault(source, {})
     if what not in made:
         made[what] = make()
     return made[what]
@@ -201,13 +235,6 @@ def _joined(parts: list[Mask | None]) -> Mask | None:
         if part is not None:
             mask = part if mask is None else mask & part
     return mask
-
-
-def _window(T: int, S: int, size: int | None, device: torch.device) -> Mask | None:
-    if size is None or size >= S:
-        return None
-    distance = torch.arange(T, device=device)[:, None] + (S - T) - torch.arange(S, device=device)
-    return Dense(distance.abs() < size)
 
 
 def _documents_of_cuts(B: int, cuts: Tensor, key_cuts: Tensor | None, causal: bool) -> Mask:

@@ -1,29 +1,28 @@
 """The mask function behind `attn_implementation="llmtune"`.
 
-Transformers describes a mask by sizes and an opaque closure (batch, head, query, key) -> bool. A closure cannot be read
-in general, so whatever is not surely plain becomes a table. What is surely plain stays small:
+Transformers describes a mask by sizes and an opaque closure (batch, head, query, key) -> bool. Whatever is not surely
+plain becomes a table. What is surely plain stays small:
 
     None                  the layer's own `is_causal`, nothing else
     bool [B, S]           that, and padding: True at the real keys
     int32 [B, T]          that, and packing: the document each token belongs to
+    int64 [B, S]          that, and a window, and padding or packing: see `window_tensor`
     bool [B, 1, T, S]     the whole mask
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Hashable, Iterator
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-# The tables made here for a batch without padding: to these a layer may add the documents it knows of. A table of the
-# user's own is never in here; neither is one that a model has cut or moved, and then nothing is added to it.
-UNPADDED_TABLES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+from llmtune.integrations.transformers_closures import Meaning, is_packed, meaning_of
+from llmtune.integrations.transformers_support import carries_small_masks, modeling_file, refusal_of
+
+_UNPADDED_TABLES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def attention_mask_function(
@@ -57,121 +56,119 @@ def attention_mask_function(
         **kwargs: handed on to transformers' `sdpa_mask` where a table is made.
 
     Returns:
-        None, bool [B, S], int32 [B, T] or bool [B, 1, T, S]: see the top of this file.
+        None, bool [B, S], int32 [B, T], int64 [B, S] or bool [B, 1, T, S]: see the top of this file.
 
     Raises:
         ValueError: the model computes its attention by itself and would read this mask wrongly.
     """
-    from transformers.masking_utils import (
-        bidirectional_mask_function,
-        causal_mask_function,
-        prepare_padding_mask,
-        sdpa_mask,
-    )
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    kind: Any = type(config)
-    _check_takes_attention(kind)
+    why_not = refusal_of(modeling_file(type(config)))
+    if why_not is not None:
+        raise ValueError(f'{why_not}; load the model with attn_implementation="eager"')
+    T, S = q_length, kv_length
     mask_function = causal_mask_function if mask_function is None else mask_function
-    carries = _carries_small_masks(kind)
-    # Causal counts from the last key in our attention, and the query's offset may be a tensor, which is not read here.
-    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if carries and aligned and q_length == kv_length and attention_mask is None:
-        documents = _document_ids(mask_function, kv_length)
-        if documents is not None:
-            return documents.to(torch.int32)
-    # Either flag says which kind of mask this is, and that nothing else has been joined to it.
-    if local_size is None:
-        plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    else:  # a window or a chunk that hides nothing
-        plain = kv_offset == 0 and kv_length <= local_size
-    if plain and ((allow_is_causal_skip and aligned) or allow_is_bidirectional_skip):
-        real = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        real = None if real is None else real[:, kv_offset : kv_offset + kv_length]
-        if real is None or bool(real.all()):
+    # Our masks count from the last key, and the query's offset may be a tensor, which is not read here.
+    aligned = isinstance(q_offset, int) and q_offset + T == kv_offset + S
+    known = meaning_of(mask_function)
+    meaning = _plain(known, S, aligned, allow_is_causal_skip, allow_is_bidirectional_skip)
+    if meaning is None and local_size is not None and kv_offset == 0 and S <= local_size:
+        if (allow_is_causal_skip and aligned) or allow_is_bidirectional_skip:
+            meaning = Meaning()  # a chunk that hides nothing, and the flag says that nothing has been joined to it
+    if meaning is not None and (meaning.documents is None or (T == S and attention_mask is None)):
+        real = _real_keys(attention_mask, S, kv_offset)
+        if meaning.documents is None and meaning.window is None and real is None:
             return None
-        if carries:
-            return real
+        if carries_small_masks(config):
+            return _small(meaning, real, batch_size, S, kwargs.get("device", "cpu"))
     table = sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        batch_size=batch_size, q_length=T, kv_length=S, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False,
         allow_is_bidirectional_skip=False, **kwargs,
     )  # fmt: skip
     if attention_mask is None or bool(attention_mask.all()):
-        UNPADDED_TABLES[table] = True
+        table = table.clone()  # no view, so that a view of it is known
+        chunked = local_size is not None and known is None and not is_packed(mask_function)
+        _UNPADDED_TABLES[table] = "chunked" if chunked else "plain"
     return table
 
 
-def _document_ids(function: Callable[..., Any], S: int) -> Tensor | None:
-    """Return the ids [B, T] where `function` is exactly "causal within each document" over S keys, else None."""
-    causal, ids = False, None
-    for fact in _facts(function, S):
-        if isinstance(fact, Tensor):
-            ids = fact
-        elif fact == "causal":
-            causal = True
-        elif fact == "unknown":
-            return None
-    return ids if causal else None
+def unpadded_table(mask: Tensor) -> str | None:
+    """Return what is known of `mask` [B, 1, T, S] where it was made here for a batch without padding, else None.
 
-
-def _facts(function: Callable[..., Any], S: int) -> Iterator[str | Tensor]:
-    """Yield what a closure of transformers' says: "causal", the ids of its documents, or "unknown".
-
-    Closures are known by their code objects, so only transformers' own are ever taken for one of them.
+    To such a table, or a slice that is all of it, a layer may add the documents it knows of: to a "plain" one, for the
+    chunks of a "chunked" one would begin elsewhere in each document. A table of the user's own is unknown; so is one
+    that a model has cut or moved, and then nothing is added to it.
     """
-    from transformers import masking_utils as known
-
-    def is_made_by(maker: str, *example: Any) -> bool:
-        return hasattr(known, maker) and getattr(known, maker)(*example).__code__ is getattr(function, "__code__", None)
-
-    if function is known.causal_mask_function:
-        yield "causal"
-    elif is_made_by("and_masks", known.causal_mask_function):
-        for part in _captured(function)["mask_functions"]:
-            yield from _facts(part, S)
-    elif is_made_by("packed_sequence_mask_function", None):
-        yield _captured(function)["packed_sequence_mask"]
-    elif is_made_by("remap_positions_for_packed_sequence", None, None):  # positions in a document go up by one
-        yield from _facts(_captured(function)["mask_function"], S)
-    elif not (is_made_by("sliding_window_overlay", None) and _captured(function)["sliding_window"] >= S):
-        yield "unknown"
+    whole = mask._base
+    if whole is None or (whole.shape, whole.stride()) != (mask.shape, mask.stride()):
+        whole = mask
+    return _UNPADDED_TABLES.get(whole)
 
 
-def _captured(function: Callable[..., Any]) -> dict[str, Any]:
-    cells: Any = function.__closure__
-    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+def _plain(meaning: Meaning | None, S: int, aligned: bool, causal_skip: bool, both_skip: bool) -> Meaning | None:
+    """Return the meaning where a layer can add it to its own `is_causal`, less a window that hides nothing; else None.
+
+    Either flag says which kind of mask this is, and that it need not be a table. Where a batch is packed both say no,
+    and then only causal ones are known for what they are.
+    """
+    if meaning is None:
+        return None
+    if meaning.documents is None:
+        allowed = (causal_skip and aligned) or (both_skip and (aligned or meaning.window is None))
+    else:
+        allowed = meaning.causal and aligned
+    if not allowed:
+        return None
+    return meaning if meaning.window is None or meaning.window < S else Meaning(meaning.causal, None, meaning.documents)
 
 
-@functools.cache
-def _carries_small_masks(config: Hashable) -> bool:
-    """Models written for flash attention pass 2-D masks through untouched; others may slice or add to a table."""
-    return any(getattr(kind, "_supports_flash_attn", False) for kind in _classes(_modeling_file(config)))
+def _real_keys(attention_mask: Tensor | None, S: int, kv_offset: int) -> Tensor | None:
+    """Return bool [B, S], True at the real keys, or None where all are."""
+    from transformers.masking_utils import prepare_padding_mask
+
+    real = prepare_padding_mask(attention_mask, S, kv_offset)
+    real = None if real is None else real[:, kv_offset : kv_offset + S]
+    return None if real is None or bool(real.all()) else real
 
 
-@functools.cache
-def _check_takes_attention(config: Hashable) -> None:
-    """Transformers takes a registered name for any model, but one with attention of its own would misread our mask."""
-    file = _modeling_file(config)
-    if hasattr(file, "ALL_ATTENTION_FUNCTIONS"):
-        return
-    if any("Attention" in kind.__name__ and issubclass(kind, nn.Module) for kind in _classes(file)):
-        assert file is not None
-        raise ValueError(
-            f"{file.__name__.rsplit('.', 1)[-1]} computes its attention by itself and does not take "
-            'attn_implementation="llmtune"; load the model with attn_implementation="eager"'
-        )
+def _small(meaning: Meaning, real: Tensor | None, B: int, S: int, device: Any) -> Tensor | None:
+    if meaning.window is not None:
+        return window_tensor(meaning.window, B, S, real=real, documents=meaning.documents, device=device)
+    return real if meaning.documents is None else meaning.documents.to(torch.int32)
 
 
-def _modeling_file(config: Any) -> ModuleType | None:
-    """The modeling_x.py beside a configuration class's configuration_x.py, where that has been imported."""
-    for parent in config.__mro__:
-        name = parent.__module__.replace(".configuration_", ".modeling_")
-        if name != parent.__module__ and name in sys.modules:
-            return sys.modules[name]
-    return None
+_DOCUMENT = 1 << 32  # a window is smaller than this; an ordinary attention mask of 0 and 1 is, too
 
 
-def _classes(file: ModuleType | None) -> list[type]:
-    """The classes defined in a file, not those it imports."""
-    found = [] if file is None else vars(file).values()
-    return [kind for kind in found if isinstance(kind, type) and kind.__module__ == getattr(file, "__name__", None)]
+def window_tensor(
+    size: int, B: int, S: int, *, real: Tensor | None = None, documents: Tensor | None = None, device: Any = "cpu"
+) -> Tensor:
+    """Return int64 [B, S] that says, at every key: the window's size + 2**32 * (1 + document); negative at padding.
+
+    All is in the numbers, so that a model may copy the tensor or move it to another device.
+
+    Args:
+        size: of the window, >= 1.
+        B: rows.
+        S: keys.
+        real: bool [B, S], False at padding.
+        documents: [B, S] integers >= 0.
+        device: where to make it.
+    """
+    said = torch.full((B, S), _DOCUMENT + min(size, _DOCUMENT - 1), dtype=torch.int64, device=device)
+    if documents is not None:
+        said = said + _DOCUMENT * documents.to(device=device, dtype=torch.int64)
+    return said if real is None else torch.where(real.to(device), said, -said)
+
+
+def read_window_tensor(said: Tensor) -> tuple[int, Tensor | None, Tensor | None] | None:
+    """Return (size, real, documents) of a `window_tensor` [B, S], or None where `said` is none.
+
+    `real` is None where all keys are; `documents` is None where there is one in every row.
+    """
+    if said.dtype != torch.int64 or int((numbers := said.abs())[0, 0]) < _DOCUMENT:
+        return None
+    real, documents = said > 0, (numbers // _DOCUMENT - 1).to(torch.int32)
+    size = int(numbers[0, 0]) % _DOCUMENT
+    return size, None if bool(real.all()) else real, documents if bool((documents != documents[:, :1]).any()) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from llmtune.attention.documents import Documents
 from llmtune.attention.mask_base import Mask
 from llmtune.attention.masks import Causal, Dense, Padding
+from llmtune.attention.window import PrefixCausal, SlidingWindow
 from llmtune.errors import LawBroken
 from llmtune.testing.close import assert_close
 
@@ -34,7 +36,10 @@ class _Case(NamedTuple):
 
 
 def check_attention(
-    fn: Attention, *, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16)
+    fn: Attention,
+    *,
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16),
+    takes: Callable[[Mask], bool] | None = None,
 ) -> None:
     """Check that a function is attention: the formula, its gradients, and what follows from it at the edges.
 
@@ -48,6 +53,8 @@ def check_attention(
         fn: called as fn(query, key, value, *, mask=None): [B, H, T, D], [B, K, S, D], [B, K, S, Dv] -> [B, H, T, Dv],
             with H a multiple of K. The mask is a `llmtune.attention.Mask` or None; `mask.dense(T, S)` gives the table.
         dtypes: those the function takes. The laws that do not speak of a dtype are checked in the first.
+        takes: says which masks the function takes; left out, every mask. It must take no mask, `Causal`, `Padding` and
+            `Documents`, and these joined.
 
     Raises:
         LawBroken: the message says which law, at which input, by how much.
@@ -56,12 +63,13 @@ def check_attention(
     >>> from llmtune.testing.attention import check_attention
     >>> check_attention(scaled_dot_product_attention)
     """
-    plain, *masked = _cases()
+    plain, *masked = (case for case in _cases() if takes is None or case.mask is None or takes(case.mask))
     _shape(fn, dtypes[0])
     if dtypes[0] in (torch.float64, torch.float32):
         _formula(fn, dtypes[0], plain)  # before all else, so that a law below does not stumble over mere rounding
-    for law in (_causality, _grouped_heads, _empty_rows, _strides, _batch_order, _documents, _single_query):
+    for law in (_causality, _grouped_heads, partial(_empty_rows, takes=takes), _strides, _batch_order, _documents):
         law(fn, dtypes[0])
+    _single_query(fn, dtypes[0])
     for dtype in dtypes:
         if dtype in (torch.float64, torch.float32):
             for case in (plain, *masked):
@@ -91,6 +99,12 @@ def _cases() -> Iterator[_Case]:
     yield _Case("documents and causal", 2, 6, 3, 11, 11, Causal() & Documents([0, 2, 3, 3, 11]))
     yield _Case("documents, keys cut otherwise", 2, 6, 3, 7, 11, Documents([0, 2, 3, 7], [0, 7, 7, 11]))
     yield _Case("documents by ids and causal", 2, 6, 3, 11, 11, Causal() & Documents.from_ids(ids))
+    yield _Case("a window and causal", 2, 6, 3, 11, 11, Causal() & SlidingWindow(3))
+    yield _Case("a window on both sides, more keys", 2, 6, 3, 7, 11, SlidingWindow(2))
+    yield _Case(
+        "a window, documents, padding", 2, 6, 3, 11, 11, SlidingWindow(4) & Documents([0, 6, 11]) & Padding([9, 3])
+    )
+    yield _Case("a prefix for each row", 2, 6, 3, 7, 11, PrefixCausal([0, 6]))
     yield _Case("a table for each row", 2, 6, 3, 7, 11, Dense(table))
     yield _Case("a table for each head", 2, 6, 3, 7, 11, Dense(torch.rand(1, 6, 7, 11, generator=g) > 0.5))
     yield _Case("a single query", 2, 6, 3, 1, 11, Causal() & Padding([11, 3]))
@@ -217,7 +231,7 @@ def _grouped_heads(fn: Attention, dtype: torch.dtype) -> None:
     assert_close(grouped, repeated, what=_law("grouped heads equal repeated heads", case))
 
 
-def _empty_rows(fn: Attention, dtype: torch.dtype) -> None:
+def _empty_rows(fn: Attention, dtype: torch.dtype, *, takes: Callable[[Mask], bool] | None) -> None:
     table = torch.ones(7, 7, dtype=torch.bool)
     table[3] = False
     for case in (
@@ -225,6 +239,8 @@ def _empty_rows(fn: Attention, dtype: torch.dtype) -> None:
         _Case("a row all padding", 2, 6, 3, 7, 7, Causal() & Padding([7, 0])),
     ):
         assert case.mask is not None
+        if takes is not None and not takes(case.mask):
+            continue
         out, gradients = _with_gradients(fn, _draw(case, dtype), case.mask)
         law = _law("a query without keys gives 0 and no gradient", case)
         empty = ~case.mask.dense(7, 7).any(dim=-1).expand(2, 6, 7)

@@ -15,9 +15,10 @@ from llmtune.testing.close import assert_close
 def check_mask(mask: Mask) -> None:
     """Check that a mask keeps its own word.
 
-    The laws: `dense(T, S)` is a boolean table of T queries and S keys, always the same; `&` is the intersection, in
-    either order; `additive` is that table in numbers; attention under the mask is attention under its table, with every
-    backend; inputs of other sizes than `fixed_sizes()` raise ValueError.
+    The laws: `dense(T, S)` is a boolean table of T queries and S keys, always the same; `tile` is a part of it, also of
+    `mask & Causal()`, `span` leaves out no key that is seen, and `sees_all` is True only where no key is hidden; `&` is
+    the intersection, in either order; `additive` is that table in numbers; attention under the mask is attention under
+    its table, with every backend; inputs of other sizes than `fixed_sizes()` raise ValueError.
 
     Args:
         mask: any `llmtune.attention.Mask`. Sizes it leaves free are set to B=2, H=3, T=7, S=11.
@@ -32,7 +33,10 @@ def check_mask(mask: Mask) -> None:
     sizes = {"B": 2, "H": 3, "T": 7, "S": 11, **mask.fixed_sizes()}
     device = next((tensor.device for tensor in mask.tensors()), torch.device("cpu"))
     table = _table(mask, sizes, device)
+    _tiles(mask, mask, table, sizes, device)
     _intersection(mask, table, sizes, device)
+    both = mask & Causal()
+    _tiles(mask, both, both.dense(sizes["T"], sizes["S"], device=device).expand_as(table), sizes, device)
     _additive(mask, table, sizes, device)
     _attention(mask, table, sizes, device)
     _wrong_sizes(mask, sizes, device)
@@ -56,6 +60,52 @@ def _table(mask: Mask, sizes: dict[str, int], device: torch.device) -> Tensor:
     if not torch.equal(table, mask.dense(T, S, device=device)):
         raise LawBroken(f"{law}: a second call gave another table")
     return table.expand(B, H, T, S)
+
+
+def _tiles(mask: Mask, seen_by: Mask, table: Tensor, sizes: dict[str, int], device: torch.device) -> None:
+    """The laws of parts, of the mask itself or of an intersection (`seen_by`) with it, whose table is [B, H, T, S]."""
+    T, S = sizes["T"], sizes["S"]
+    with_causal = "" if seen_by is mask else ", of mask & Causal()"
+    for queries in _parts_of(T):
+        rows = table[..., queries.start : queries.stop, :]
+        span = seen_by.span(queries, T, S)
+        law = _law("span leaves out no key that is seen", mask, sizes) + f": {queries}{with_causal}"
+        if not isinstance(span, range) or span.step != 1 or not 0 <= span.start <= span.stop <= S:
+            raise LawBroken(f"{law}: expected a range of step 1 within 0 ... {S}, got {span!r}")
+        if rows[..., : span.start].any() or rows[..., span.stop :].any():
+            raise LawBroken(f"{law}: got {span}, but a query sees a key outside of it")
+        for keys in _parts_of(S):
+            part = rows[..., keys.start : keys.stop]
+            where = f": {queries}, {keys}{with_causal}"
+            _tile(
+                seen_by, queries, keys, part, _law("tile is a part of dense(T, S)", mask, sizes) + where, sizes, device
+            )
+            if seen_by.sees_all(queries, keys, T, S) and not part.all():
+                law = _law("sees_all is True only where no key is hidden", mask, sizes)
+                raise LawBroken(f"{law}{where}: it is True, but a query does not see a key")
+
+
+def _tile(
+    mask: Mask, queries: range, keys: range, part: Tensor, law: str, sizes: dict[str, int], device: torch.device
+) -> None:
+    tile = mask.tile(queries, keys, sizes["T"], sizes["S"], device=device)
+    if not isinstance(tile, Tensor) or tile.dtype != torch.bool:
+        raise LawBroken(
+            f"{law}: expected booleans, got {tile.dtype if isinstance(tile, Tensor) else type(tile).__name__}"
+        )
+    own = tile.shape[:-2]
+    fits = len(own) in (0, 2) and all(n in (1, all_of) for n, all_of in zip(own, part.shape, strict=False))
+    if not fits or tile.shape[-2:] != part.shape[-2:]:
+        raise LawBroken(f"{law}: got shape {tuple(tile.shape)} for {len(queries)} queries and {len(keys)} keys")
+    if not torch.equal(tile.expand_as(part), part):
+        raise LawBroken(f"{law}: it is not that part of the table")
+
+
+def _parts_of(size: int) -> list[range]:
+    """Ranges within 0 ... size: the whole, none, each alone, and some that start and end anywhere."""
+    pairs = {(0, size), (0, 0), (size, size), (0, size // 2), (size // 2, size), (size // 3, size - 1), (1, size)}
+    pairs |= {(at, at + 1) for at in (*range(min(size, 7)), size - 1)}
+    return [range(start, stop) for start, stop in sorted(pairs) if 0 <= start <= stop <= size]
 
 
 def _intersection(mask: Mask, table: Tensor, sizes: dict[str, int], device: torch.device) -> None:

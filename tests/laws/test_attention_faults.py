@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmtune.attention import Causal, Documents, Mask, Padding, scaled_dot_product_attention
+from llmtune.attention import Causal, Documents, Intersection, Mask, Padding, scaled_dot_product_attention
 from llmtune.errors import LawBroken
 from llmtune.testing.attention import check_attention
 from llmtune.testing.masks import check_mask
@@ -214,12 +214,83 @@ class IsTakenForAnother(Causal):
     """Its table is not what its class and offset say, and a backend that reads those believes them."""
 
     def dense(self, T, S, *, device=None):
-        return super().dense(T, S, device=device).flip(0)
+        return Causal(self.offset).dense(T, S, device=device).flip(0)
+
+    tile, span, sees_all = Mask.tile, Mask.span, Mask.sees_all
 
 
 class TakesAnySize(Padding):
     def check(self, *, B, H, T, S, device):
         pass
+
+
+class CountsQueriesFromTheTile(Causal):
+    def tile(self, queries, keys, T, S, *, device=None):
+        return super().tile(range(len(queries)), keys, T, S, device=device)
+
+
+class CountsKeysFromTheTile(Padding):
+    def tile(self, queries, keys, T, S, *, device=None):
+        return super().tile(queries, range(len(keys)), T, S, device=device)
+
+
+class HasATableOfItsOwn(Causal):
+    def dense(self, T, S, *, device=None):
+        return Causal(self.offset).dense(T, S, device=device)
+
+
+class TileOfOneQuery(HasATableOfItsOwn):
+    def tile(self, queries, keys, T, S, *, device=None):
+        return super().tile(queries, keys, T, S, device=device)[:1]
+
+
+class TileOfEachKeyHead(HasATableOfItsOwn):
+    def tile(self, queries, keys, T, S, *, device=None):
+        return super().tile(queries, keys, T, S, device=device).expand(1, 2, -1, -1)
+
+
+class TileOfNumbers(HasATableOfItsOwn):
+    def tile(self, queries, keys, T, S, *, device=None):
+        return super().tile(queries, keys, T, S, device=device).float()
+
+
+class SpansToTheFirstQuery(Causal):
+    def span(self, queries, T, S):
+        return super().span(queries[:1], T, S)
+
+
+class SpansTheFirstRow(Padding):
+    def span(self, queries, T, S):
+        return range(self.key_lengths[0])
+
+
+class SpansASlice(Causal):
+    def span(self, queries, T, S):
+        return slice(0, S)
+
+
+class SpansBeyondTheKeys(Causal):
+    def span(self, queries, T, S):
+        return range(queries.stop + S)
+
+
+class SaysAllIsSeen(Causal):
+    def sees_all(self, queries, keys, T, S):
+        return True
+
+
+class AsksTheLastQuery(Causal):
+    def sees_all(self, queries, keys, T, S):
+        return len(queries) > 0 and keys.stop <= queries.stop + S - T
+
+
+class JoinsTilesByUnion(Causal):
+    def __and__(self, other):
+        class Joined(Intersection):
+            def tile(_, queries, keys, T, S, *, device=None):
+                return self.tile(queries, keys, T, S, device=device) | other.tile(queries, keys, T, S, device=device)
+
+        return Joined((self, other))
 
 
 @pytest.mark.parametrize(
@@ -233,6 +304,18 @@ class TakesAnySize(Padding):
         (HidesEmptyRows([3, 0]), "additive.*wrong about which queries have a key"),
         (IsTakenForAnother(0), "attention under the mask is attention under its table"),
         (TakesAnySize([3, 0]), "other sizes raise ValueError.*B=3 went through"),
+        (CountsQueriesFromTheTile(), "tile is a part of dense.*it is not that part of the table"),
+        (CountsKeysFromTheTile([3, 5]), "tile is a part of dense.*it is not that part of the table"),
+        (TileOfOneQuery(), r"tile is a part of dense.*got shape \(1, 0\) for 3 queries and 0 keys"),
+        (TileOfEachKeyHead(), r"tile is a part of dense.*got shape \(1, 2, 0, 0\)"),
+        (TileOfNumbers(), "tile is a part of dense.*expected booleans, got torch.float32"),
+        (SpansToTheFirstQuery(), r"span leaves out no key.*got range\(0, 5\), but a query sees a key outside of it"),
+        (SpansTheFirstRow([3, 5]), r"span leaves out no key.*got range\(0, 3\), but a query sees"),
+        (SpansASlice(), r"span leaves out no key.*expected a range of step 1 within 0 ... 11, got slice"),
+        (SpansBeyondTheKeys(), r"span leaves out no key.*within 0 ... 11, got range\(0, 12\)"),
+        (SaysAllIsSeen(), "sees_all is True only where no key is hidden.*a query does not see a key"),
+        (AsksTheLastQuery(), "sees_all is True only where no key is hidden"),
+        (JoinsTilesByUnion(-2), r"tile is a part of dense.*of mask & Causal\(\): it is not that part"),
     ],
 )
 def test_a_mask_that_breaks_its_word_is_caught(mask, law):

@@ -5,7 +5,16 @@ from functools import partial
 import pytest
 import torch
 
-from llmtune.attention import Causal, Dense, Documents, Padding, available_backends, scaled_dot_product_attention
+from llmtune.attention import (
+    Causal,
+    Dense,
+    Documents,
+    Padding,
+    PrefixCausal,
+    SlidingWindow,
+    available_backends,
+    scaled_dot_product_attention,
+)
 from llmtune.integrations import register
 from llmtune.testing.attention import check_attention
 from llmtune.testing.invariance import check_causal, check_packing_invariant, check_padding_invariant
@@ -15,9 +24,21 @@ from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 register()
 
 
+def accepts(backend, mask):
+    """Whether a backend takes a mask: it refuses others by a sentence, before any work."""
+    sizes = {"B": 2, "H": 6, "T": 7, "S": 11, **mask.fixed_sizes()}
+    query, key = torch.zeros(sizes["B"], sizes["H"], sizes["T"], 5), torch.zeros(sizes["B"], 3, sizes["S"], 5)
+    try:
+        scaled_dot_product_attention(query, key, key, mask=mask, backend=backend)
+    except ValueError as refusal:
+        assert "cannot take" in str(refusal)
+        return False
+    return True
+
+
 @pytest.mark.parametrize("backend", ["auto", *available_backends()])
 def test_every_backend_keeps_the_laws(backend):
-    check_attention(partial(scaled_dot_product_attention, backend=backend))
+    check_attention(partial(scaled_dot_product_attention, backend=backend), takes=partial(accepts, backend))
 
 
 MASKS = {
@@ -33,7 +54,33 @@ MASKS = {
     "dense": Dense(torch.tensor([[True, False, True], [False, False, False]])),
     "dense, heads": Dense(torch.rand(1, 3, 7, 11, generator=torch.Generator().manual_seed(0)) > 0.5),
     "dense, one row": Dense(torch.tensor([[[[True, False, True]]]])),
+    "dense, causal below a hole": Dense(torch.ones(7, 11).tril(3).bool() & (torch.arange(11) != 2)),
+    "padding, none": Padding([11, 11]),
+    "padding, a gap": Padding.from_attention_mask(torch.tensor([[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]])),
+    "padding, left, a row empty": Padding.from_attention_mask(torch.tensor([[0, 0, 0, 0, 0], [0, 0, 1, 1, 1]])),
+    "documents, the first and the last empty": Documents([0, 0, 2, 2, 2, 7, 7]),
+    "documents, none for some queries": Documents([0, 2, 5, 7], [0, 0, 11, 11]),
+    "documents by ids, coming back": Documents.from_ids(torch.tensor([[5, 5, 2, 2, 5], [-1, 2, 2, 2, 2]])),
+    "documents by ids, one": Documents.from_ids(torch.zeros(3, 7, dtype=torch.int32)),
     "joined": Causal() & Padding([2, 5]) & Documents.from_lengths([2, 5]),
+    "window": SlidingWindow(3),
+    "window, its own key": SlidingWindow(1),
+    "window, wider than the keys": SlidingWindow(13),
+    "window, offset": SlidingWindow(2, offset=-5),
+    "window, past the keys": SlidingWindow(3, offset=12),
+    "window, offsets": SlidingWindow(5, offset=[-2, 9]),
+    "window, causal": Causal() & SlidingWindow(3),
+    "window, causal, offsets": Causal([2, -3]) & SlidingWindow(3, [2, -3]),
+    "window, causal, documents, padding": Causal() & SlidingWindow(2) & Documents([0, 3, 3, 7]) & Padding([7, 4]),
+    "prefix": PrefixCausal(3),
+    "prefix, none": PrefixCausal(0),
+    "prefix, all": PrefixCausal(11),
+    "prefix, offset": PrefixCausal(2, offset=-4),
+    "prefix, rows": PrefixCausal([5, 0]),
+    "prefix, rows, offsets": PrefixCausal([7, 1], offset=[-1, 13]),
+    "prefix, offsets": PrefixCausal(3, offset=[0, 2, -9]),
+    "prefix, padding": PrefixCausal([2, 11]) & Padding([7, 11]),
+    "prefix, window": PrefixCausal(5) & SlidingWindow(3),
 }
 
 

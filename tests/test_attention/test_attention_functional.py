@@ -6,7 +6,11 @@ import torch
 from llmtune.attention import (
     BackendChoice,
     Causal,
+    Dense,
+    Documents,
     Padding,
+    RelativePositionBias,
+    SlidingWindow,
     available_backends,
     choose_backend,
     scaled_dot_product_attention,
@@ -57,7 +61,7 @@ def test_inputs_that_do_not_fit_are_refused_with_the_numbers(query, key, value, 
         ({"softcap": 0.0}, "softcap must be positive, got 0.0; leave it out for none"),
         ({"sinks": zeros(2)}, r"one logit for each of the 4 query heads, \[H\], got \(2,\)"),
         ({"sinks": zeros(4, device="meta")}, "sinks are on meta, the query on cpu"),
-        ({"backend": "sdp"}, r'no attention backend "sdp", only "auto", "sdpa", "reference".* Did you mean "sdpa"'),
+        ({"backend": "sdp"}, r'no attention backend "sdp", only "auto", "windowed", .* Did you mean "sdpa"'),
     ],
 )
 def test_knobs_that_do_not_fit_are_refused_with_the_numbers(knobs, sentence):
@@ -69,7 +73,8 @@ def test_knobs_that_do_not_fit_are_refused_with_the_numbers(knobs, sentence):
     ("knobs", "sentence"),
     [
         ({"mask": torch.ones(3, 7).bool()}, "mask must be a Mask .* got Tensor: wrap a boolean tensor in Dense"),
-        ({"bias": 0.5}, "bias must be a tensor"),
+        ({"bias": 0.5}, "bias must be a tensor .* got float"),
+        ({"bias": Causal()}, "got Causal; a mask goes in as mask"),
         ({"scale": torch.tensor(0.5)}, "scale must be a number, got Tensor; multiply the query by a learned scale"),
     ],
 )
@@ -81,14 +86,53 @@ def test_knobs_of_a_wrong_kind_are_a_type_error(knobs, sentence):
 
 
 def test_the_backends_have_names():
-    assert available_backends() == ("sdpa", "reference")
+    assert available_backends() == ("windowed", "packed", "sdpa", "chunked", "reference")
 
 
-def test_the_choice_is_told_with_its_reason():
-    assert choose_backend(QUERY, KEY, KEY, mask=Causal()).name == "sdpa"
-    assert choose_backend(QUERY, KEY, KEY, softcap=30.0) == BackendChoice("reference", "sdpa cannot take softcap=30.0")
+def test_few_scores_go_to_one_call():
+    assert choose_backend(QUERY, KEY, KEY, mask=Causal() & Documents([0, 3], [0, 7])).name == "sdpa"
+    assert choose_backend(QUERY, KEY, KEY, softcap=30.0) == BackendChoice(
+        "reference", "there are few scores, and sdpa cannot take softcap=30.0"
+    )
     with pytest.raises(ValueError, match="got 4 and 3"):
         choose_backend(QUERY, zeros(2, 3, 7, 5), zeros(2, 3, 7, 5))
+
+
+LONG = zeros(1, 2, 1031, 5)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "name", "reason"),
+    [
+        ({}, "sdpa", "takes every argument"),
+        ({"mask": Causal()}, "sdpa", "takes every argument"),
+        ({"mask": Causal() & SlidingWindow(13)}, "windowed", "only the keys in the window"),
+        ({"mask": Causal() & Documents([0, 31, 1031])}, "packed", "no table is made"),
+        ({"mask": Causal() & Padding([7])}, "packed", "no table is made"),
+        ({"mask": Causal(-3)}, "packed", "no table is made"),
+        ({"mask": Dense(torch.eye(1031).bool())}, "sdpa", "takes every argument"),
+        ({"mask": Dense(torch.eye(1031).bool()), "softcap": 2.0}, "chunked", "sdpa cannot take softcap=2.0"),
+        ({"softcap": 2.0}, "chunked", "memory stays linear"),
+        ({"dropout_p": 0.5}, "chunked", "all scores at once because of dropout"),
+        ({"bias": torch.zeros(1031, 1031)}, "sdpa", "takes every argument"),
+        ({"bias": torch.zeros(1, 1031, requires_grad=True)}, "chunked", "because of a learned bias"),
+        ({"bias": RelativePositionBias(2)}, "chunked", "because of a learned bias"),
+        ({"sinks": zeros(2), "mask": Causal()}, "sdpa", "takes every argument"),
+    ],
+)
+def test_the_choice_is_told_with_its_reason(knobs, name, reason):
+    choice = choose_backend(LONG, LONG, LONG, **knobs)
+    assert (choice.name, reason in choice.reason) == (name, True), choice
+    chosen = scaled_dot_product_attention(LONG + 0.1, LONG, LONG + 0.3, backend="auto", **knobs)
+    assert chosen.shape == (1, 2, 1031, 5)
+
+
+def test_what_can_be_traced_is_chosen_under_torch_func():
+    def loss(query, backend):
+        return scaled_dot_product_attention(query, LONG, LONG, mask=Causal(), softcap=2.0, backend=backend).sum()
+
+    query = torch.randn(1, 2, 1031, 5)
+    torch.testing.assert_close(torch.func.grad(loss)(query, "auto"), torch.func.grad(loss)(query, "reference"))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +153,7 @@ def test_auto_takes_every_case(knobs, lse):
     assert not lse or result[1].shape == (2, 4, 3)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", available_backends())
 def test_autocast_brings_mixed_inputs_to_its_dtype(backend):
     query, key = torch.randn(1, 4, 3, 5), torch.randn(1, 2, 7, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):

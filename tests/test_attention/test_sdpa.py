@@ -74,11 +74,11 @@ def test_grouped_heads_are_not_repeated(handed):
 def test_it_says_what_it_cannot_take():
     x = draw(1, 2, 3, 5)
     for knob, sentence in (
-        ({"softcap": 30.0}, r"\"sdpa\" cannot take softcap=30.0; \"reference\" can"),
-        ({"sinks": torch.zeros(2)}, r"cannot take sinks; \"reference\" can"),
-        ({"return_lse": True}, r"cannot take return_lse=True"),
+        ({"softcap": 30.0}, r'"sdpa" cannot take softcap=30.0; "windowed", "packed", "chunked", "reference" can'),
+        ({"sinks": torch.zeros(2), "dropout_p": 0.1}, r'sinks together with dropout; .*"reference" can'),
+        ({"return_lse": True, "bias": x[:, :, :, :3].requires_grad_()}, r"return_lse .* with a learned bias"),
         ({"dropout_p": 0.5, "generator": torch.Generator()}, r"cannot take dropout from a generator"),
-        ({"softcap": 2.0, "sinks": torch.zeros(2)}, r"cannot take softcap=2.0 and sinks"),
+        ({"softcap": 2.0, "dropout_p": 0.5, "generator": torch.Generator()}, r"softcap=2.0 and dropout from a gen"),
     ):
         with pytest.raises(ValueError, match=sentence):
             attend(x, x, x, **knob)

@@ -9,10 +9,11 @@ import transformers as hf
 from torch import nn
 from transformers import masking_utils
 
-from llmtune.attention import Causal, Dense, Documents, Mask, Padding, scaled_dot_product_attention
+from llmtune.attention import Causal, Documents, Mask, Padding, scaled_dot_product_attention
+from llmtune.attention.window import SlidingWindow
 from llmtune.integrations import register, transformers_attention
 from llmtune.integrations.transformers_attention import attention_function
-from llmtune.integrations.transformers_mask import attention_mask_function
+from llmtune.integrations.transformers_mask import attention_mask_function, read_window_tensor, window_tensor
 from llmtune.testing.models import tiny_bert, tiny_llama, tiny_t5
 
 register()
@@ -69,10 +70,82 @@ def test_a_mask_that_is_not_aligned_to_the_last_key_travels_as_a_table():
     assert made(T=2, S=5, q_offset=torch.tensor(3)).shape == (2, 1, 2, 5)  # which is not read
 
 
-def test_a_window_travels_as_a_table_only_where_it_hides_something():
+def windowed(travels):
+    """The size, the padding and the documents that a window tensor [2, S] tells of, as lists."""
+    size, *rest = read_window_tensor(travels)
+    return size, *(None if each is None else each.tolist() for each in rest)
+
+
+def test_a_window_travels_small_and_only_where_it_hides_something():
     window = masking_utils.sliding_window_causal_mask_function
     assert made(mask_function=window(5), local_size=5) is None
-    assert torch.equal(made(mask_function=window(4), local_size=4)[0, 0], torch.ones(5, 5).tril().triu(-3).bool())
+    assert windowed(made(mask_function=window(4), local_size=4)) == (4, None, None)
+    padding = real(5, 3)
+    assert windowed(made(mask_function=window(4), local_size=4, attention_mask=padding)) == (4, padding.tolist(), None)
+    assert torch.equal(made(mask_function=window(5), local_size=5, attention_mask=padding), padding)
+    table = made(mask_function=window(4), local_size=4, config=T5)  # would not carry it
+    assert torch.equal(table[0, 0], torch.ones(5, 5).tril().triu(-3).bool())
+
+
+def test_a_window_on_both_sides_does_too():
+    window = masking_utils.sliding_window_bidirectional_mask_function
+    knobs = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": True}
+    # transformers' size is the largest distance that is seen, ours the smallest that is not
+    assert windowed(made(mask_function=window(2), local_size=2, **knobs)) == (3, None, None)
+    assert made(mask_function=window(4), local_size=4, **knobs) is None
+    assert made(mask_function=window(2), local_size=2, allow_is_causal_skip=False).shape == (2, 1, 5, 5)
+
+
+def test_a_window_tensor_says_all_in_its_numbers():
+    documents, keys = torch.tensor([[0, 0, 1], [2, 3, 3]]), torch.tensor([[True, True, True], [False, True, False]])
+    assert windowed(window_tensor(7, 2, 3)) == (7, None, None)
+    assert windowed(window_tensor(1, 2, 3, real=keys)) == (1, keys.tolist(), None)
+    assert windowed(window_tensor(2**31, 2, 3, documents=documents).clone()) == (2**31, None, documents.tolist())
+    assert windowed(window_tensor(7, 2, 3, real=~keys & False)) == (7, [[False] * 3] * 2, None)
+    for other in (keys, keys.long(), documents.int()):  # what else comes as [B, S]
+        assert read_window_tensor(other) is None
+
+
+WINDOWS = {
+    "causal": masking_utils.sliding_window_causal_mask_function,
+    "both sides": masking_utils.sliding_window_bidirectional_mask_function,
+}
+
+
+SIZES = [("causal", T, n, gone) for T, n, gone in [(7, 0, 0), (1, 6, 0), (3, 4, 0), (1, 9, 5), (4, 9, 5)]]
+
+
+@pytest.mark.parametrize(("kind", "T", "before", "dropped"), [*SIZES, ("both sides", 7, 0, 0)])
+def test_a_small_window_is_the_table_of_transformers(masks, kind, T, before, dropped):
+    """T queries after `before` keys of a cache, which has dropped the first `dropped`."""
+    S = before + T - dropped
+    padding = torch.arange(before + T) >= torch.tensor([0, dropped + 1])[:, None]
+    sizes = {
+        "batch_size": 2, "q_length": T, "kv_length": S, "q_offset": before, "kv_offset": dropped, "local_size": 3,
+        "mask_function": WINDOWS[kind](3), "attention_mask": padding, "device": "cpu",
+    }  # fmt: skip
+    causal = {"allow_is_causal_skip": kind == "causal", "allow_is_bidirectional_skip": kind != "causal"}
+    travels = attention_mask_function(**sizes, **causal, config=LLAMA)
+    assert travels.shape == (2, S)
+    x = torch.zeros(2, 2, S, 3)
+    attention_function(Layer() if kind == "causal" else CrossLayer(), x[:, :, :T], x, x, travels)
+    table = masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    assert torch.equal(masks[0].dense(T, S).expand(2, 1, T, S), table)
+
+
+def test_a_window_that_is_not_aligned_to_the_last_key_travels_as_a_table():
+    window = {"mask_function": masking_utils.sliding_window_causal_mask_function(3), "local_size": 3}
+    for offset in (1, torch.tensor(3)):  # a static cache that is not full; one that tells its offset as a tensor
+        assert made(T=2, S=5, q_offset=offset, **window).shape == (2, 1, 2, 5)
+
+
+def test_half_a_window_is_no_window():
+    past = masking_utils.sliding_window_overlay(3)  # lets the future through
+    for function in (past, masking_utils.and_masks(past, masking_utils.bidirectional_mask_function)):
+        table = made(mask_function=function, local_size=3)
+        assert torch.equal(table[0, 0], torch.ones(5, 5).triu(-2).bool())
+    twice = masking_utils.and_masks(past, masking_utils.sliding_window_causal_mask_function(2))
+    assert torch.equal(made(mask_function=twice)[0, 0], torch.ones(5, 5).tril().triu(-1).bool())
 
 
 def test_a_cache_that_has_dropped_its_beginning_keeps_the_padding_of_the_rest():
@@ -109,6 +182,9 @@ def test_packed_documents_travel_as_their_ids():
     assert torch.equal(travels, ids.int())
     wide = masking_utils.sliding_window_causal_mask_function(5)
     assert torch.equal(made(mask_function=packed(wide, ids), allow_is_causal_skip=False, local_size=5), ids.int())
+    narrow = masking_utils.sliding_window_causal_mask_function(2)
+    travels = made(mask_function=packed(narrow, ids), allow_is_causal_skip=False, local_size=2)
+    assert windowed(travels) == (2, None, ids.tolist())
 
 
 def test_packing_with_anything_more_in_it_travels_as_a_table():
@@ -119,7 +195,6 @@ def test_packing_with_anything_more_in_it_travels_as_a_table():
         return key <= query
 
     for function in (
-        packed(masking_utils.sliding_window_causal_mask_function(2), ids),
         packed(masking_utils.bidirectional_mask_function, ids),
         masking_utils.packed_sequence_mask_function(ids),  # sees the future of its document
         packed(same_shape, ids),  # does what causal does, but who could know
@@ -180,7 +255,20 @@ def test_a_window_that_reaches_everywhere_is_no_table(masks):
     mistral(64)(input_ids=token_ids(), attention_mask=right_padding())
     mistral(5)(input_ids=token_ids())
     mistral(64)(input_ids=token_ids(1), position_ids=torch.arange(17)[None] % 6, use_cache=False)
-    assert [kinds(mask) for mask in masks[::2]] == [[Causal, Padding], [Dense], [Causal, Documents]]
+    assert [kinds(mask) for mask in masks[::2]] == [[Causal, Padding], [Causal, SlidingWindow], [Causal, Documents]]
+
+
+@pytest.mark.parametrize("knobs", [{"use_cache": False}, {"use_cache": True}])
+def test_no_table_is_made_for_a_window(masks, knobs):
+    model, ids = mistral(5), token_ids()
+    model(input_ids=ids, attention_mask=right_padding(), **knobs)
+    model(input_ids=ids, position_ids=torch.arange(17).expand(3, -1) % 6, **knobs)
+    wanted = [[Causal, SlidingWindow, Padding], [Causal, SlidingWindow, Documents]]
+    assert [sorted(kinds(mask), key=lambda kind: kind.__name__) for mask in masks[::2]] == [
+        sorted(each, key=lambda kind: kind.__name__) for each in wanted
+    ]
+    assert all(part.size == 5 for mask in masks for part in mask.parts if isinstance(part, SlidingWindow))
+    assert masks[0] is masks[1]
 
 
 def test_kept_masks_go_with_their_batch(masks):
