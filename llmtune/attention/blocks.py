@@ -31,7 +31,7 @@ class Group:
         at: (row, first query, first key) of every block.
         t: queries of each.
         s: keys of each.
-        lower, upper: in every block, query i sees the keys j with i + lower <= j <= i + upper; None where no bound acts.
+        lower, upper: in every block, query i sees the keys j with i + lower <= j <= i + upper; None: no bound acts.
         tabled: whether the mask must be asked for its table instead.
     """
 
@@ -52,7 +52,7 @@ class Group:
         self._corners: tuple[tuple[slice, Tensor], ...] | None = None
 
     def corners(self, dtype: torch.dtype, device: torch.device) -> tuple[tuple[slice, Tensor], ...]:
-        """Return what to add to which columns of the scores [.., t, s] to hide the keys outside the band: 0 and -inf."""
+        """Return what to add to which columns of the scores [.., t, s], 0 and -inf, to hide the keys off the band."""
         if self._corners is None or any(x.dtype != dtype or x.device != device for _, x in self._corners):
             found, hidden = [], torch.full((self.t, self.s), float("-inf"), dtype=dtype, device=device)
             if self.upper is not None:

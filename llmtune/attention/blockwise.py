@@ -142,7 +142,7 @@ class _Call:
     def _bias(self, group: Group, heads: slice) -> Tensor:
         """Return the bias of a single block, [k | 1, R | 1, t | 1, s | 1]."""
         assert self.bias is not None
-        (row, q0, k0), t, s = group.at[0], group.t, group.s
+        (_, q0, k0), t, s = group.at[0], group.t, group.s
         if self.job.by_distance:
             first = k0 - q0 - (t - 1) + self.T - 1
             values = self.bias.unflatten(0, (self.K, self.R))[heads, :, first : first + t + s - 1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from llmtune.attention import reference
 from llmtune.attention.biases import RelativeBias
@@ -17,7 +18,7 @@ from llmtune.attention.merge import merge_attention
 from llmtune.attention.tiles import diagonals
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable, without loading the compiler on import
 def attend_blockwise(
     case: AttentionCase, plan: Plan, *, kernel: Callable[..., tuple[Tensor, Tensor]] | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +95,9 @@ def _differentiable(
             'backend="reference" can give'
         )
     query, key, value, bias = inputs
-    assert query is not None and key is not None and value is not None
+    assert query is not None
+    assert key is not None
+    assert value is not None
     table = bias
     if bias is not None and job.by_distance:
         table = diagonals(bias, query.shape[2], key.shape[2])[None]

@@ -44,8 +44,9 @@ def meaning_of(function: Callable[..., Any]) -> Meaning | None:
 
 def is_packed(function: Callable[..., Any]) -> bool:
     """Return whether a closure, known or not, keeps the documents of a packed batch apart."""
-    from transformers import masking_utils as known
+    from transformers import masking_utils
 
+    known: Any = masking_utils
     code = getattr(function, "__code__", None)
     if code is known.and_masks(known.causal_mask_function).__code__:
         return any(is_packed(part) for part in _captured(function)["mask_functions"])

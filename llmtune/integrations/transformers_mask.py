@@ -72,7 +72,7 @@ def attention_mask_function(
     aligned = isinstance(q_offset, int) and q_offset + T == kv_offset + S
     known = meaning_of(mask_function)
     meaning = _plain(known, S, aligned, allow_is_causal_skip, allow_is_bidirectional_skip)
-    if meaning is None and local_size is not None and kv_offset == 0 and S <= local_size:
+    if known is None and local_size is not None and kv_offset == 0 and S <= local_size:
         if (allow_is_causal_skip and aligned) or allow_is_bidirectional_skip:
             meaning = Meaning()  # a chunk that hides nothing, and the flag says that nothing has been joined to it
     if meaning is not None and (meaning.documents is None or (T == S and attention_mask is None)):
@@ -81,13 +81,13 @@ def attention_mask_function(
             return None
         if carries_small_masks(config):
             return _small(meaning, real, batch_size, S, kwargs.get("device", "cpu"))
-    table = sdpa_mask(
+    table: Any = sdpa_mask(
         batch_size=batch_size, q_length=T, kv_length=S, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False,
         allow_is_bidirectional_skip=False, **kwargs,
     )  # fmt: skip
     if attention_mask is None or bool(attention_mask.all()):
-        table = table.clone()  # no view, so that a view of it is known
+        table = torch.clone(table)  # no view, so that a view of it is known
         chunked = local_size is not None and known is None and not is_packed(mask_function)
         _UNPADDED_TABLES[table] = "chunked" if chunked else "plain"
     return table

@@ -81,7 +81,8 @@ def carries_small_masks(config: Any) -> bool:
 
     Others may slice a table or add to it. So does Gemma 4, which drops queries before the layers that share their keys.
     """
-    return _flash(type(config)) and not getattr(config, "num_kv_shared_layers", 0)
+    kind: Any = type(config)
+    return _flash(kind) and not getattr(config, "num_kv_shared_layers", 0)
 
 
 def modeling_file(config: Any, *, load: bool = False) -> ModuleType | None:

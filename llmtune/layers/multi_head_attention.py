@@ -161,10 +161,12 @@ class MultiHeadAttention(nn.Module):
     def _project(self, linear: nn.Module, norm: nn.Module | None, inputs: Tensor, heads: int) -> Tensor:
         """[B, T, E] -> [B, heads, T, D], normalised."""
         projected = linear(inputs)
-        if norm is not None and self.qk_norm_over == "projection":
-            return split_heads(norm(projected), heads)
-        separate = split_heads(projected, heads)
-        return separate if norm is None else norm(separate)
+        if norm is None:
+            return split_heads(projected, heads)
+        # A norm may answer in float32, as under autocast; queries, keys and values must share a dtype.
+        if self.qk_norm_over == "projection":
+            return split_heads(norm(projected).to(projected.dtype), heads)
+        return norm(split_heads(projected, heads)).to(projected.dtype)
 
     def _check(
         self, hidden: Tensor, context: Tensor | None, position_ids: Tensor | None, cache: KeyValueCache | None

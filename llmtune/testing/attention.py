@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +12,11 @@ from torch import Tensor
 from llmtune.attention.documents import Documents
 from llmtune.attention.mask_base import Mask
 from llmtune.attention.masks import Causal, Dense, Padding
-from llmtune.attention.window import PrefixCausal, SlidingWindow
 from llmtune.errors import LawBroken
+from llmtune.testing.attention_cases import Case, cases, draw
 from llmtune.testing.close import assert_close
 
 Attention = Callable[..., Tensor]
-
-
-class _Case(NamedTuple):
-    """Sizes, and a mask that fits them."""
-
-    name: str
-    B: int
-    H: int
-    K: int
-    T: int
-    S: int
-    mask: Mask | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name}, B={self.B}, H={self.H}, K={self.K}, T={self.T}, S={self.S}"
 
 
 def check_attention(
@@ -63,7 +47,7 @@ def check_attention(
     >>> from llmtune.testing.attention import check_attention
     >>> check_attention(scaled_dot_product_attention)
     """
-    plain, *masked = (case for case in _cases() if takes is None or case.mask is None or takes(case.mask))
+    plain, *masked = (case for case in cases() if takes is None or case.mask is None or takes(case.mask))
     _shape(fn, dtypes[0])
     if dtypes[0] in (torch.float64, torch.float32):
         _formula(fn, dtypes[0], plain)  # before all else, so that a law below does not stumble over mere rounding
@@ -76,47 +60,6 @@ def check_attention(
                 _formula(fn, dtype, case)
         else:
             _narrow(fn, dtype)
-
-
-def _cases() -> Iterator[_Case]:
-    """Every kind of mask; sizes are different primes wherever heads need not divide."""
-    g = torch.Generator().manual_seed(7)
-    left = torch.ones(2, 11, dtype=torch.bool)
-    left[0, :4], left[1, :10] = False, False
-    table = torch.rand(2, 1, 7, 11, generator=g) > 0.5
-    table[0, 0, 3], table[1, 0, 6] = False, False
-    ids = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3, 3, 3, 4, 5, 5]])
-    yield _Case("no mask", 2, 3, 3, 7, 11)
-    yield _Case("grouped heads", 2, 6, 3, 7, 11)
-    yield _Case("one key head", 2, 5, 1, 7, 11)
-    yield _Case("causal", 2, 6, 3, 11, 11, Causal())
-    yield _Case("causal with a cache", 2, 3, 3, 7, 11, Causal())
-    yield _Case("causal, more queries than keys", 2, 6, 3, 11, 7, Causal())
-    yield _Case("causal, offset -2", 2, 6, 3, 7, 7, Causal(-2))
-    yield _Case("causal, an offset for each row", 2, 6, 3, 7, 11, Causal([1, 5]))
-    yield _Case("right padding, one row empty", 3, 6, 3, 7, 11, Padding([4, 0, 11]))
-    yield _Case("left padding and causal", 2, 6, 3, 11, 11, Causal() & Padding.from_attention_mask(left))
-    yield _Case("documents and causal", 2, 6, 3, 11, 11, Causal() & Documents([0, 2, 3, 3, 11]))
-    yield _Case("documents, keys cut otherwise", 2, 6, 3, 7, 11, Documents([0, 2, 3, 7], [0, 7, 7, 11]))
-    yield _Case("documents by ids and causal", 2, 6, 3, 11, 11, Causal() & Documents.from_ids(ids))
-    yield _Case("a window and causal", 2, 6, 3, 11, 11, Causal() & SlidingWindow(3))
-    yield _Case("a window on both sides, more keys", 2, 6, 3, 7, 11, SlidingWindow(2))
-    yield _Case(
-        "a window, documents, padding", 2, 6, 3, 11, 11, SlidingWindow(4) & Documents([0, 6, 11]) & Padding([9, 3])
-    )
-    yield _Case("a prefix for each row", 2, 6, 3, 7, 11, PrefixCausal([0, 6]))
-    yield _Case("a table for each row", 2, 6, 3, 7, 11, Dense(table))
-    yield _Case("a table for each head", 2, 6, 3, 7, 11, Dense(torch.rand(1, 6, 7, 11, generator=g) > 0.5))
-    yield _Case("a single query", 2, 6, 3, 1, 11, Causal() & Padding([11, 3]))
-    yield _Case("a single key", 2, 6, 3, 7, 1)
-
-
-def _draw(case: _Case, dtype: torch.dtype, *, D: int = 5, Dv: int = 13, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    B, H, K, T, S = case.B, case.H, case.K, case.T, case.S
-    shapes = ((B, H, T, D), (B, K, S, D), (B, K, S, Dv))
-    query, key, value = (torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
-    return query, key, value
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> Tensor:
@@ -153,8 +96,8 @@ def _law(name: str, at: object) -> str:
     return f'attention law "{name}" ({at})'
 
 
-def _formula(fn: Attention, dtype: torch.dtype, case: _Case) -> None:
-    inputs = _draw(case, dtype)
+def _formula(fn: Attention, dtype: torch.dtype, case: Case) -> None:
+    inputs = draw(case, dtype)
     truth, true_gradients = _with_gradients(
         lambda q, k, v, *, mask: _row_by_row(q, k, v, mask), [tensor.double() for tensor in inputs], case.mask
     )
@@ -167,8 +110,8 @@ def _formula(fn: Attention, dtype: torch.dtype, case: _Case) -> None:
 
 
 def _narrow(fn: Attention, dtype: torch.dtype) -> None:
-    case = _Case("causal", 2, 6, 3, 29, 29, Causal())
-    inputs = _draw(case, dtype, D=17, Dv=17)
+    case = Case("causal", 2, 6, 3, 29, 29, Causal())
+    inputs = draw(case, dtype, D=17, Dv=17)
     table = Causal().dense(29, 29)
 
     def torch_kernel(query: Tensor, key: Tensor, value: Tensor, *, mask: Mask | None) -> Tensor:
@@ -193,8 +136,8 @@ def _narrow(fn: Attention, dtype: torch.dtype) -> None:
 
 
 def _shape(fn: Attention, dtype: torch.dtype) -> None:
-    case = _Case("no mask", 2, 6, 3, 7, 11)
-    inputs = _draw(case, dtype)
+    case = Case("no mask", 2, 6, 3, 7, 11)
+    inputs = draw(case, dtype)
     before = [tensor.clone() for tensor in inputs]
     out = fn(*inputs, mask=None)
     law = _law("shape and dtype, inputs left alone", case)
@@ -208,9 +151,9 @@ def _shape(fn: Attention, dtype: torch.dtype) -> None:
 
 
 def _causality(fn: Attention, dtype: torch.dtype) -> None:
-    case = _Case("causal", 2, 6, 3, 11, 11, Causal())
-    query, key, value = _draw(case, dtype)
-    _, other_key, other_value = _draw(case, dtype, seed=1)
+    case = Case("causal", 2, 6, 3, 11, 11, Causal())
+    query, key, value = draw(case, dtype)
+    _, other_key, other_value = draw(case, dtype, seed=1)
     out = fn(query, key, value, mask=case.mask)
     for t in range(10):
         later = torch.arange(11)[:, None] > t
@@ -224,8 +167,8 @@ def _causality(fn: Attention, dtype: torch.dtype) -> None:
 
 
 def _grouped_heads(fn: Attention, dtype: torch.dtype) -> None:
-    case = _Case("causal", 2, 6, 3, 7, 7, Causal())
-    query, key, value = _draw(case, dtype)
+    case = Case("causal", 2, 6, 3, 7, 7, Causal())
+    query, key, value = draw(case, dtype)
     grouped = fn(query, key, value, mask=case.mask)
     repeated = fn(query, key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1), mask=case.mask)
     assert_close(grouped, repeated, what=_law("grouped heads equal repeated heads", case))
@@ -235,13 +178,13 @@ def _empty_rows(fn: Attention, dtype: torch.dtype, *, takes: Callable[[Mask], bo
     table = torch.ones(7, 7, dtype=torch.bool)
     table[3] = False
     for case in (
-        _Case("one query without keys", 2, 6, 3, 7, 7, Dense(table)),
-        _Case("a row all padding", 2, 6, 3, 7, 7, Causal() & Padding([7, 0])),
+        Case("one query without keys", 2, 6, 3, 7, 7, Dense(table)),
+        Case("a row all padding", 2, 6, 3, 7, 7, Causal() & Padding([7, 0])),
     ):
         assert case.mask is not None
         if takes is not None and not takes(case.mask):
             continue
-        out, gradients = _with_gradients(fn, _draw(case, dtype), case.mask)
+        out, gradients = _with_gradients(fn, draw(case, dtype), case.mask)
         law = _law("a query without keys gives 0 and no gradient", case)
         empty = ~case.mask.dense(7, 7).any(dim=-1).expand(2, 6, 7)
         for what, tensor in {"output": out, "gradient of query": gradients["query"]}.items():
@@ -253,8 +196,8 @@ def _empty_rows(fn: Attention, dtype: torch.dtype, *, takes: Callable[[Mask], bo
 
 
 def _strides(fn: Attention, dtype: torch.dtype) -> None:
-    case = _Case("causal", 2, 6, 3, 7, 7, Causal())
-    inputs = _draw(case, dtype)
+    case = Case("causal", 2, 6, 3, 7, 7, Causal())
+    inputs = draw(case, dtype)
     truth = fn(*inputs, mask=case.mask)
     law = _law("any strides", case)
     turned = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in inputs]
@@ -270,8 +213,8 @@ def _strides(fn: Attention, dtype: torch.dtype) -> None:
 def _batch_order(fn: Attention, dtype: torch.dtype) -> None:
     order = [2, 0, 1]
     lengths = [4, 11, 7]
-    case = _Case("causal and padding", 3, 6, 3, 11, 11, Causal() & Padding(lengths))
-    inputs = _draw(case, dtype)
+    case = Case("causal and padding", 3, 6, 3, 11, 11, Causal() & Padding(lengths))
+    inputs = draw(case, dtype)
     permuted = fn(*(tensor[order] for tensor in inputs), mask=Causal() & Padding([lengths[i] for i in order]))
     truth = fn(*inputs, mask=case.mask)[order]
     assert_close(permuted, truth, what=_law("permuting the batch permutes the result", case))
@@ -279,8 +222,8 @@ def _batch_order(fn: Attention, dtype: torch.dtype) -> None:
 
 def _documents(fn: Attention, dtype: torch.dtype) -> None:
     lengths = [5, 1, 7]
-    case = _Case(f"documents of {lengths}", 1, 6, 3, 13, 13, Causal() & Documents.from_lengths(lengths))
-    inputs = _draw(case, dtype)
+    case = Case(f"documents of {lengths}", 1, 6, 3, 13, 13, Causal() & Documents.from_lengths(lengths))
+    inputs = draw(case, dtype)
     packed = fn(*inputs, mask=case.mask)
     parts = [tensor.split(lengths, dim=2) for tensor in inputs]
     documents = list(zip(*parts, strict=True))
@@ -301,7 +244,7 @@ def _documents(fn: Attention, dtype: torch.dtype) -> None:
 
 
 def _single_query(fn: Attention, dtype: torch.dtype) -> None:
-    case = _Case("causal", 2, 6, 3, 11, 11, Causal())
-    query, key, value = _draw(case, dtype)
+    case = Case("causal", 2, 6, 3, 11, 11, Causal())
+    query, key, value = draw(case, dtype)
     alone = fn(query[:, :, -1:], key, value, mask=Causal())
     assert_close(alone, fn(query, key, value, mask=Causal())[:, :, -1:], what=_law("a single query is the last", case))

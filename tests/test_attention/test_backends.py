@@ -91,7 +91,8 @@ def takes(backend, mask, **knobs):
     try:
         scaled_dot_product_attention(*(x.detach() for x in inputs()), mask=mask, backend=backend, **knobs)
     except ValueError as refusal:
-        assert f'"{backend}" cannot take' in str(refusal)
+        if f'"{backend}" cannot take' not in str(refusal):
+            raise
         return False
     return True
 
@@ -183,7 +184,7 @@ def test_second_derivatives_of_a_learned_bias():
 @pytest.mark.parametrize("backend", ["windowed", "chunked"])
 @pytest.mark.parametrize("name", ["causal", "window", "padding"])
 def test_dropout_is_the_same_in_both_passes(backend, name):
-    """With one-hot values the output is the dropped weights: what was kept is read off, and the formula applied to it."""
+    """With one-hot values the output is the dropped weights: what was kept is read off, and the formula applied."""
     query, key, _ = inputs()
     value = torch.eye(S, dtype=torch.float64).expand(B, K, S, S).clone().requires_grad_()
     generator = torch.Generator().manual_seed(11)

@@ -93,6 +93,7 @@ def test_a_window_on_both_sides_does_too():
     # transformers' size is the largest distance that is seen, ours the smallest that is not
     assert windowed(made(mask_function=window(2), local_size=2, **knobs)) == (3, None, None)
     assert made(mask_function=window(4), local_size=4, **knobs) is None
+    assert made(mask_function=window(2), local_size=2, **knobs, T=3).shape == (2, 1, 3, 5)  # not aligned
     assert made(mask_function=window(2), local_size=2, allow_is_causal_skip=False).shape == (2, 1, 5, 5)
 
 

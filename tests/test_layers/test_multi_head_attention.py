@@ -178,7 +178,7 @@ def test_the_gradient_is_right():
 def test_the_backend_asked_for_is_the_one_that_works():
     hidden = torch.ones(B, T, 15)
     MultiHeadAttention(15, 3, softcap=2.0)(hidden)
-    with pytest.raises(ValueError, match='"sdpa" cannot take softcap=2.0'):
+    with pytest.raises(ValueError, match=r'"sdpa" cannot take softcap=2\.0'):
         MultiHeadAttention(15, 3, softcap=2.0, backend="sdpa")(hidden)
 
 
@@ -238,6 +238,22 @@ def test_a_cross_attention_projects_its_context_once():
     assert calls == [1]
     with pytest.raises(ValueError, match=r"the cache holds a context of 7 positions, but this one has 6; start with a"):
         layer(hidden, context=context[:, :6], cache=cache)
+
+
+@pytest.mark.parametrize("over", ["head", "projection"])
+def test_norms_that_answer_in_float32_go_with_a_cache_under_autocast(over):
+    class Wide(RMS.func):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    layer = make(E, 6, key_heads=2, head_size=7, qk_norm=partial(Wide, eps=0.1), qk_norm_over=over).float()
+    hidden, cache = draw(B, T, E).float(), GrowingCache()
+    with torch.no_grad():
+        wanted = layer(hidden, mask=Causal())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = torch.cat([layer(piece, mask=Causal(), cache=cache) for piece in hidden.split(2, dim=1)], dim=1)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), wanted, rtol=0, atol=0.05 * float(wanted.abs().max()))
 
 
 def test_packed_documents_and_padded_rows_give_what_each_gives_alone():
@@ -316,6 +332,10 @@ def test_inputs_that_do_not_fit_are_refused_before_the_cache_is_touched():
         (
             lambda: turning(torch.ones(B, T, 12), position_ids=positions[:, :3], cache=cache),
             r"position_ids must be \[2, 5\] or \[1, 5\], got shape \(1, 3\)",
+        ),
+        (
+            lambda: turning(torch.ones(B, T, 12), position_ids=positions.expand(3, T), cache=cache),
+            r"position_ids must be \[2, 5\] or \[1, 5\], got shape \(3, 5\)",
         ),
     ):
         with pytest.raises(ValueError, match=sentence):
