@@ -29,7 +29,7 @@ class Case(NamedTuple):
         return f"{self.name}, B={self.B}, H={self.H}, K={self.K}, T={self.T}, S={self.S}"
 
 
-def cases() -> Iterator[_Case]:
+def cases() -> Iterator[Case]:
     """Every kind of mask; sizes are different primes wherever heads need not divide."""
     g = torch.Generator().manual_seed(7)
     left = torch.ones(2, 11, dtype=torch.bool)
