@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ def in_fresh_process(*arguments: object) -> int:
 def extra_memory_of(kind: str, name: str, T: int, threads: int) -> int:
     """Return the extra memory of one step of "ours" or "theirs" in a memory case, or of a backend in "growth"."""
     torch.set_num_threads(threads)
-    step(scaled_dot_product_attention, inputs(64))  # what torch sets up on first use is not counted
+    for backend in ("sdpa", "chunked", "reference"):  # what torch sets up on first use is not counted
+        step(partial(scaled_dot_product_attention, backend=backend), inputs(64))
     if kind == "growth":
         return extra_memory(growth_call(name, T), inputs(T))
     return extra_memory(memory_cases(T)[name][kind == "theirs"], inputs(T))
