@@ -1,10 +1,13 @@
 """Adapters: small trained changes beside a frozen model, put on, switched, merged, saved, taken off without a trace."""
 
 from llmtune.adapters.attach import active, adapter_names, adapter_parameters, attach, detach, disabled, set_active
-from llmtune.adapters.config import LoRA
+from llmtune.adapters.config import DoRA, LoRA
+from llmtune.adapters.dora import DoRAConv1D, DoRALinear, row_norms
 from llmtune.adapters.files import load, save
+from llmtune.adapters.formula import lora_change
+from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import AdapterLayer
-from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear, lora_change
+from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
@@ -12,6 +15,9 @@ from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 __all__ = [
     "AdapterLayer",
     "AttachReport",
+    "DoRA",
+    "DoRAConv1D",
+    "DoRALinear",
     "LoRA",
     "LoRAConv1D",
     "LoRAEmbedding",
@@ -28,7 +34,9 @@ __all__ = [
     "disabled",
     "load",
     "lora_change",
+    "lora_linear",
     "merge",
+    "row_norms",
     "save",
     "set_active",
     "trainable_summary",

@@ -96,3 +96,20 @@ class LoRA:
                 raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
         if not self.targets and not self.train_modules:
             raise ValueError('targets names no module: give suffixes, a regular expression, or "all-linear"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """DoRA on chosen linear layers of a model; see `DoRALinear` for the formula.
+
+    It takes what `LoRA` takes, but no `lora_bias`, and goes to linear layers and GPT-2's Conv1D alone. Dropout acts on
+    the way to A; PEFT's acts on the way to W as well.
+
+    Raises:
+        ValueError, TypeError: as `LoRA`, and where `lora_bias` is asked for.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_bias:
+            raise ValueError("lora_bias has no place in DoRA, whose bias stands outside: train_bias trains the base's")

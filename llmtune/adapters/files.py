@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers, adapter_names, attach, detach, record_of
 from llmtune.adapters.config import LoRA
+from llmtune.adapters.dora import DoRALinear
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
 from llmtune.adapters.lora import LoRAEmbedding, LowRankLayer, lora_scaling
 from llmtune.adapters.peft_config import config_of, read_config
@@ -206,6 +207,8 @@ def _layer_tensors(prefix: str, layer: AdapterLayer, *, under_lora: bool) -> dic
         found: dict[str, Tensor] = {f"{prefix}.lora_A.weight": layer.lora_a, f"{prefix}.lora_B.weight": layer.lora_b}
         if layer.lora_bias is not None:
             found[f"{prefix}.lora_B.bias"] = layer.lora_bias
+        if isinstance(layer, DoRALinear):
+            found[f"{prefix}.lora_magnitude_vector"] = layer.magnitude
         return found
     if isinstance(layer, TrainedBias):
         return {f"{prefix}.base_layer.bias" if under_lora else f"{prefix}.bias": layer.trained_bias}

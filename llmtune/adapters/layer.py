@@ -71,6 +71,22 @@ def bare_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def plain_linear(module: nn.Module) -> nn.Linear | None:
+    """Return the module where calling it is F.linear of its weight and bias and nothing else, so that a fused function
+    may do it instead: exactly an `nn.Linear`, with a plain weight and without hooks. Else None."""
+    if type(module) is not nn.Linear or any(
+        getattr(module, hooks)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    ):
+        return None
+    everywhere = nn.modules.module
+    if any(
+        getattr(everywhere, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")
+    ):
+        return None
+    return module if type(module.weight) is nn.Parameter and type(module.weight.data) is Tensor else None
+
+
 def adapter_chain(module: nn.Module) -> list[AdapterLayer]:
     """Return the adapter layers nested at one place, outermost first; empty for a bare module."""
     chain: list[AdapterLayer] = []

@@ -13,24 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtune.adapters.layer import AdapterLayer, bare_module
+from llmtune.adapters.fused import lora_added, lora_linear
+from llmtune.adapters.layer import AdapterLayer, bare_module, plain_linear
 
 INITIALISATIONS = ("kaiming", "gaussian")
-
-
-def lora_change(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """Return scaling * (x A^T) B^T.
-
-    Args:
-        x: [..., in].
-        lora_a: [r, in].
-        lora_b: [out, r].
-        scaling: alpha / r, or alpha / sqrt(r).
-
-    Returns:
-        [..., out], in the dtype of `lora_a` (in autocast's, under autocast).
-    """
-    return F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b) * scaling
 
 
 def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -77,6 +63,10 @@ class LowRankLayer(AdapterLayer):
         else:
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
+
+    def drop_p(self) -> float:
+        """Return the probability with which an entry is dropped at the moment: 0 in eval mode."""
+        return self.dropout.p if isinstance(self.dropout, nn.Dropout) and self.dropout.training else 0.0
 
     @property
     def weight(self) -> Any:
@@ -164,13 +154,16 @@ class LoRALinear(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] in the dtype of the base's output, for x [..., in]."""
-        result: Tensor = self.base(x)
         if not self.takes_part:
-            return result
-        change = lora_change(self.dropout(x), self.lora_a, self.lora_b, self.scaling)
-        if self.lora_bias is not None:
-            change = change + self.scaling * self.lora_bias
-        return (result + change).to(result.dtype)
+            return self.base(x)
+        plain, p = plain_linear(self.base), self.drop_p()
+        if plain is not None:
+            out = lora_linear(
+                x, plain.weight, plain.bias, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=p
+            )  # fmt: skip
+        else:
+            out = lora_added(self.base(x), x, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=p)
+        return out if self.lora_bias is None else (out + self.scaling * self.lora_bias).to(out.dtype)
 
 
 class LoRAConv1D(LoRALinear):

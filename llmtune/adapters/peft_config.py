@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llmtune.adapters.attach import adapter_layers
-from llmtune.adapters.config import LoRA, Targets
+from llmtune.adapters.config import DoRA, LoRA, Targets
 from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.lora import LowRankLayer
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {
     "eva_config": None, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
     "layers_to_transform": None, "loftq_config": {}, "lora_ga_config": None, "megatron_config": None,
     "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None,
-    "use_bdlora": None, "use_dora": False, "use_qalora": False, "velora_config": None,
+    "use_bdlora": None, "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 # What says where an adapter came from, or how it is to be run, and changes nothing in its meaning.
 ASIDE = {
@@ -35,7 +35,7 @@ ASIDE = {
 }  # fmt: skip
 OWN = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
 }  # fmt: skip
 # How PEFT drew the start, without touching the base: of no consequence once the tensors are read.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -75,6 +75,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "revision": None,
         "target_modules": _written_targets(model, config, name),
         "task_type": task,
+        "use_dora": isinstance(config, DoRA),
         "use_rslora": config.rslora,
     }
     return dict(sorted(entries.items()))
@@ -113,7 +114,7 @@ def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> tuple[LoRA,
             f"{path}: init_lora_weights={start!r} changed the base weights, which are not in the file. Convert the "
             "adapter to a plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    config = LoRA(
+    config = (DoRA if read.get("use_dora") else LoRA)(
         rank=read.get("r", 8),
         alpha=read.get("lora_alpha", 8),
         targets=_names(read.get("target_modules") or ()),

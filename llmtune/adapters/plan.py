@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from llmtune.adapters.config import LoRA
+from llmtune.adapters.config import DoRA, LoRA
+from llmtune.adapters.dora import DoRAConv1D, DoRALinear
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.targets import (
@@ -139,6 +140,10 @@ def _builder(place: str, module: nn.Module, config: LoRA, name: str) -> Build:
             f"{place} belongs to nn.MultiheadAttention, which takes its weight without calling it, so an adapter there "
             "would do nothing: exclude it"
         )
+    if isinstance(config, DoRA):
+        if kind is LoRAEmbedding:
+            raise TypeError(f"{place} is an embedding: DoRA goes to linear layers and Conv1D. Narrow the targets")
+        kind = DoRAConv1D if kind is LoRAConv1D else DoRALinear
     if config.lora_bias and kind is LoRAEmbedding:
         raise ValueError(f"lora_bias has no meaning for {place}, an embedding: leave it out of the targets")
     rank = pattern_value(place, config.rank_pattern, config.rank)

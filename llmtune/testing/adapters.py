@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,15 @@ from llmtune.testing.close import assert_close
 IN, OUT, ROWS = 11, 7, 5
 
 
-def check_adapter(make: Callable[[nn.Linear], nn.Module]) -> None:
+EXEMPTIONS = {  # name: (law, reason)
+    "norm held constant": (
+        "true gradients",
+        "no gradient goes through the norm (DoRA's paper, section 4.3), so finite differences see more than it",
+    ),
+}
+
+
+def check_adapter(make: Callable[[nn.Linear], nn.Module], *, exempt: Sequence[str] = ()) -> None:
     """Check the laws of an adapter around a linear layer.
 
     - unseen at the start: the output is the base's, bit for bit;
@@ -32,20 +40,23 @@ def check_adapter(make: Callable[[nn.Linear], nn.Module]) -> None:
 
     Args:
         make: `make(linear) -> module`, the adapter around an `nn.Linear`; called several times.
+        exempt: names from `EXEMPTIONS`, each of a law that does not hold by design; the reason is printed.
 
     Raises:
         LawBroken: names the law and by how much.
+        ValueError: there is no such exemption.
     """
+    unknown = [name for name in exempt if name not in EXEMPTIONS]
+    if unknown:
+        raise ValueError(f'there is no exemption "{unknown[0]}", only {", ".join(EXEMPTIONS)}')
+    left_out = dict(EXEMPTIONS[name] for name in exempt)
+    for law, reason in left_out.items():
+        print(f"not checked: {law}: {reason}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _unseen_at_the_start(make)
-        _base_stays(make)
-        _true_gradients(make)
-        _quiet_in_eval(make)
-        _nothing_shared(make)
-        _kept_whole(make)
-        _off_is_off(make)
-        _honest_change(make)
+        for law, check in _LAWS.items():
+            if law not in left_out:
+                check(make)
 
 
 def _linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -179,3 +190,15 @@ def _honest_change(make: Callable[[nn.Linear], nn.Module]) -> None:
         for name, parameter in plain.named_parameters():
             parameter.copy_(base.get_parameter(name) + deltas().get(name, 0.0))
     assert_close(module(x), plain(x), rtol=1e-9, what="honest change: the output against base weights plus deltas")
+
+
+_LAWS = {
+    "unseen at the start": _unseen_at_the_start,
+    "the base stays": _base_stays,
+    "true gradients": _true_gradients,
+    "quiet in eval": _quiet_in_eval,
+    "nothing shared": _nothing_shared,
+    "kept whole": _kept_whole,
+    "off is off": _off_is_off,
+    "honest change": _honest_change,
+}

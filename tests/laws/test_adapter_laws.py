@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from llmtune.adapters import (
+    DoRA,
+    DoRALinear,
     LoRA,
     LoRALinear,
     TrainedBias,
@@ -33,6 +35,8 @@ LAYERS = {
     "lora with dropout": partial(LoRALinear, rank=2, alpha=7, dropout=0.4),
     "gaussian": partial(LoRALinear, rank=7, alpha=1, initialise="gaussian"),
     "two nested": lambda base: LoRALinear(LoRALinear(base, rank=2, alpha=3), rank=3, alpha=5, adapter_name="second"),
+    "dora": partial(DoRALinear, rank=3, alpha=5),
+    "dora with dropout": partial(DoRALinear, rank=2, alpha=7, dropout=0.4, rslora=True),
     "trained copy": TrainedCopy,
     "trained bias": TrainedBias,
 }
@@ -40,7 +44,14 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "two nested"])
 def test_layers_keep_the_laws(name):
-    check_adapter(LAYERS[name])
+    check_adapter(LAYERS[name], exempt=["norm held constant"] if "dora" in name else [])
+
+
+def test_only_known_exemptions_are_granted():
+    with pytest.raises(ValueError, match='there is no exemption "true gradients", only norm held constant'):
+        check_adapter(LAYERS["lora"], exempt=["true gradients"])
+    with pytest.raises(LawBroken, match="unseen at the start"):
+        check_adapter(partial(Plain, start=0.1), exempt=["norm held constant"])
 
 
 class Plain(nn.Module):
@@ -156,6 +167,10 @@ MODELS = {
     "bert biases": (tiny_bert, {"train_bias": "lora_only", "lora_bias": True}),
     "bert classifier": (partial(tiny_bert, labels=3), {"targets": ["query", "value"], "train_modules": ["classifier"]}),
     "t5": (tiny_t5, {"targets": r".*\.(q|v|wi|wo)"}),
+    "llama dora": (tiny_llama, {"method": DoRA, "dropout": 0.2}),
+    "gpt2 dora": (tiny_gpt2, {"method": DoRA, "targets": ["c_attn", "c_proj"]}),
+    "bert dora": (tiny_bert, {"method": DoRA, "rank_pattern": {"query": 2}}),
+    "t5 dora": (tiny_t5, {"method": DoRA, "targets": r".*\.(q|v|wi|wo)"}),
     "t5 embeddings": (tiny_t5, {"targets": ["embed_tokens", "q"]}),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -192,7 +207,8 @@ def snapshot(model):
 @pytest.fixture(params=MODELS)
 def case(request):
     make, options = MODELS[request.param]
-    return make, LoRA(**({"rank": 3, "alpha": 5} | options))
+    options = {"rank": 3, "alpha": 5} | options
+    return make, options.pop("method", LoRA)(**options)
 
 
 def test_a_model_with_an_adapter_keeps_the_laws(case, tmp_path):

@@ -1,0 +1,80 @@
+"""DoRA: its norms, its start, its gradients, what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from llmtune.adapters import DoRA, DoRALinear, LoRALinear, adapter_parameters, attach, row_norms
+from llmtune.testing.models import tiny_llama
+
+
+def draw(*shape, seed, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-6)]
+)
+def test_norms_are_those_of_the_written_out_weight(dtype, tolerance):
+    weight, a, b = draw(7, 11, seed=0).to(dtype), draw(3, 11, seed=1, dtype=torch.float32), draw(7, 3, seed=2)
+    a, b = (x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in (a, b))
+    truth = torch.linalg.vector_norm(weight.double() + 1.7 * b.double() @ a.double(), dim=1)
+    found = row_norms(weight, a, b, 1.7)
+    assert found.dtype == a.dtype
+    torch.testing.assert_close(found.double(), truth, rtol=tolerance, atol=0)
+
+
+def test_a_row_of_zeros_gives_no_nan():
+    base = nn.Linear(5, 3)
+    with torch.no_grad():
+        base.weight[1] = 0.0
+    layer = DoRALinear(base, rank=2, alpha=4)
+    x = draw(7, 5, seed=0, dtype=torch.float32)
+    assert torch.equal(layer(x), base(x))
+    layer(x).sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in (layer.lora_b, layer.magnitude))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_are_those_of_the_formula_with_the_norm_held(bias, hooked):
+    base = nn.Linear(11, 7, bias=bias, dtype=torch.float64).requires_grad_(False)
+    if hooked:  # the way that calls the base
+        base.register_forward_hook(lambda module, args, out: None)
+    layer = DoRALinear(base, rank=3, alpha=5, dtype=torch.float64)
+    with torch.no_grad():
+        for i, p in enumerate((layer.lora_a, layer.lora_b, layer.magnitude)):
+            p.add_(0.3 * draw(*p.shape, seed=i))
+    x = draw(2, 5, 11, seed=9).requires_grad_()
+    whole = base.weight + layer.scaling * layer.lora_b @ layer.lora_a
+    ratio = layer.magnitude / torch.linalg.vector_norm(whole, dim=1).detach()
+    truth = x @ (ratio[:, None] * whole).T + (base.bias if bias else 0.0)
+    torch.testing.assert_close(layer(x), truth, rtol=1e-12, atol=1e-12)
+    leaves = [x, layer.lora_a, layer.lora_b, layer.magnitude]
+    pull = draw(2, 5, 7, seed=10)
+    for got, want in zip(
+        torch.autograd.grad(layer(x), leaves, pull), torch.autograd.grad(truth, leaves, pull), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_what_dora_cannot_do_is_told():
+    with pytest.raises(ValueError, match="lora_bias has no place in DoRA"):
+        DoRA(rank=2, alpha=3, lora_bias=True)
+    with pytest.raises(ValueError, match="lora_bias has no place in DoRA"):
+        DoRALinear(nn.Linear(5, 3), rank=2, alpha=3, lora_bias=True)
+    with pytest.raises(TypeError, match='adapter "default" stands before it: attach DoRA first'):
+        DoRALinear(LoRALinear(nn.Linear(5, 3), rank=2, alpha=3), rank=2, alpha=3)
+    with pytest.raises(TypeError, match="embed_tokens is an embedding: DoRA goes to linear layers and Conv1D"):
+        attach(tiny_llama(), DoRA(rank=2, alpha=3, targets=["embed_tokens"]))
+    base = nn.Linear(5, 3)
+    base.weight = nn.Parameter(torch.zeros(3, 5, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="DoRA needs a base with a floating weight; Linear has none"):
+        DoRALinear(base, rank=2, alpha=3)
+
+
+def test_attaching_names_the_magnitudes():
+    model = tiny_llama()
+    attach(model, DoRA(rank=2, alpha=3, targets=["q_proj"]))
+    names = {name.rsplit(".", 1)[-1] for name in adapter_parameters(model)}
+    assert names == {"lora_a", "lora_b", "magnitude"}
