@@ -5,7 +5,7 @@
 
 bytes: two Llama layers (512 wide, bfloat16 base, 512 tokens): the storages that autograd keeps, parameters left out.
 steps: an optimizer step (forward, backward, AdamW) on `--model` and on a Llama of 8 layers, 512 wide: LoRA and DoRA of
-    rank 16 on every linear layer, ours and PEFT's, and full fine-tuning; same batch, attention, head and loss, in turns.
+    rank 16 on every linear layer, ours and PEFT's, and full fine-tuning; same batch, attention, head and loss.
 attach: LoRA on the 252 linear layers of a Llama of 36 layers; saving it, and loading it onto a bare model.
 merge: a bfloat16 base with a moved adapter: how far merging moves the logits, and how many merged weights are the
     rounded sum.
@@ -157,8 +157,10 @@ def steps(make: Make, batch: dict[str, Tensor], pairs: int) -> dict[str, Any]:
 
     wanted = {("LoRA", "LoRA, PEFT"): 0.85, ("LoRA", "all weights"): 0.65, ("DoRA", "LoRA"): 1.15}
     others = [("LoRA, PEFT", "all weights"), ("DoRA, PEFT", "LoRA, PEFT"), ("DoRA", "DoRA, PEFT")]
-    found: dict[str, Any] = {"seconds": {name: statistics.median(times) for name, times in taken.items()}, "rounds": pairs,
-                             "tokens": batch["input_ids"].numel(), "first_losses": first, "ratios": {}}  # fmt: skip
+    found: dict[str, Any] = {
+        "seconds": {name: statistics.median(times) for name, times in taken.items()}, "rounds": pairs,
+        "tokens": batch["input_ids"].numel(), "first_losses": first, "ratios": {},
+    }  # fmt: skip
     rows = []
     for pair in (*wanted, *others):
         limit = wanted.get(pair)
@@ -196,7 +198,7 @@ def attaching(pairs: int) -> dict[str, Any]:
 
 
 def merging() -> dict[str, Any]:
-    """Compare how far merging into bfloat16 weights moves the logits, and whether each merged weight is the rounded sum."""
+    """Compare how far merging into bfloat16 moves the logits, and whether each merged weight is the rounded sum."""
     model = llama(2, dtype=torch.bfloat16)
     bare = copy.deepcopy(model)
     ours(model)
@@ -208,7 +210,8 @@ def merging() -> dict[str, Any]:
         save(model, folder)
         other = peft.PeftModel.from_pretrained(copy.deepcopy(bare), folder)
         layer = model.model.layers[0].mlp.down_proj
-        exact = (layer.weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()).to(torch.bfloat16)
+        change = layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
+        exact = (layer.weight.double() + change).to(torch.bfloat16)
         ids = torch.randint(0, 8192, (1, 256), generator=generator)
         found: dict[str, Any] = {}
         for name, side, fold, weight in (

@@ -90,9 +90,9 @@ def banded_plan(mask: Mask | None, B: int, heads: int, T: int, S: int, *, togeth
     """
     if mask is None:
         return _banded(mask, B, heads, T, S, together)
-    key = (B, heads, T, S, together, *(None if x.is_inference() else x._version for x in mask.tensors()))
+    key = (B, heads, T, S, together, mask.versions())
     kept = mask.__dict__.get("_plan")
-    if kept is None or kept[0] != key:
+    if kept is None or kept[0] != key or key[-1] is None:
         kept = key, _banded(mask, B, heads, T, S, together)
         object.__setattr__(mask, "_plan", kept)  # not part of what the mask says, so the record stays frozen
     return kept[1]

@@ -113,7 +113,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"query and key must have one head size, got {query.shape[3]} and {key.shape[3]}")
     H, K = query.shape[1], key.shape[1]
-    if K == 0 or H % K != 0:
+    if K == 0 or H == 0 or H % K != 0:
         raise ValueError(f"the number of query heads must be a multiple of the key heads, got {H} and {K}")
 
 
@@ -124,12 +124,14 @@ def _check_numbers(case: AttentionCase) -> None:
             raise TypeError(
                 f"{name} must be a number, got {type(number).__name__}; multiply the query by a learned scale"
             )
+    if case.generator is not None and not isinstance(case.generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(case.generator).__name__}")
     if case.scale is not None and not math.isfinite(case.scale):
         raise ValueError(f"scale must be finite, got {case.scale}")
     if not 0.0 <= case.dropout_p <= 1.0:
         raise ValueError(f"dropout_p must be between 0 and 1, got {case.dropout_p}")
-    if case.softcap is not None and not case.softcap > 0.0:
-        raise ValueError(f"softcap must be positive, got {case.softcap}; leave it out for none")
+    if case.softcap is not None and not 0.0 < case.softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {case.softcap}; leave it out for none")
 
 
 def _check_bias(bias: Tensor | RelativeBias, query: Tensor, shape: tuple[int, ...]) -> None:
@@ -146,8 +148,9 @@ def _check_bias(bias: Tensor | RelativeBias, query: Tensor, shape: tuple[int, ..
             f"got {type(bias).__name__}" + ("; a mask goes in as mask" if isinstance(bias, Mask) else "")
         )
     if bias.dtype not in (query.dtype, torch.float32):
+        narrow = "" if query.dtype == torch.float32 else ", or torch.float32"
         raise ValueError(
-            f"bias must be {query.dtype}, as the query, or torch.float32, got {bias.dtype}"
+            f"bias must be {query.dtype}, as the query{narrow}, got {bias.dtype}"
             + ("; a boolean table is a mask: Dense(tensor)" if bias.dtype == torch.bool else "")
         )
     if bias.device != query.device:

@@ -46,6 +46,11 @@ class Documents(Mask):
     def __post_init__(self) -> None:
         if (self.cu_seqlens is None) == (self.query_ids is None):
             raise ValueError("Documents takes cu_seqlens, or ids through Documents.from_ids")
+        stray = "key_ids" if self.query_ids is None else "key_cu_seqlens"
+        if getattr(self, stray) is not None:
+            raise ValueError(
+                f"{stray} belongs to the other way of giving documents: give cuts for both, or ids for both"
+            )
         for name in ("cu_seqlens", "key_cu_seqlens"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _cuts(getattr(self, name), name))
@@ -79,6 +84,8 @@ class Documents(Mask):
             ValueError: the ids are not integers of these shapes.
         """
         for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
+            if ids is not None and not isinstance(ids, Tensor):
+                raise TypeError(f"{name} must be a tensor [B, length] of integers, got {type(ids).__name__}")
             if ids is not None and (ids.ndim != 2 or ids.is_floating_point() or ids.is_complex()):
                 raise ValueError(f"{name} must be integers, a row each, got {ids.dtype} of shape {tuple(ids.shape)}")
         if key_ids is not None and key_ids.shape[0] != query_ids.shape[0]:
@@ -155,7 +162,7 @@ class Documents(Mask):
 
     def _ranges_of(self, query_ids: Tensor) -> KeyRanges | None:
         key_ids = query_ids if self.key_ids is None else self.key_ids
-        return kept_ranges(self, query_ids, lambda: _ranges_of_ids(query_ids, key_ids))
+        return kept_ranges(self, self.tensors(), lambda: _ranges_of_ids(query_ids, key_ids))
 
 
 def _running_sum(lengths: Sequence[int] | Tensor, name: str) -> tuple[int, ...]:

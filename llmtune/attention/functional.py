@@ -95,7 +95,7 @@ def scaled_dot_product_attention(
     capping: Gemma Team, "Gemma 2" (2024), section 2; sinks: OpenAI, "gpt-oss" (2025), section 2.2.
     """
     device = query.device.type if isinstance(query, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         query, key, value = (_autocast(tensor, device) for tensor in (query, key, value))
         with torch.autocast(device, enabled=False):
             return scaled_dot_product_attention(
@@ -170,6 +170,8 @@ def _choose(case: AttentionCase) -> BackendChoice:
 
 
 def _named(backend: str, case: AttentionCase) -> str:
+    if not isinstance(backend, str):
+        raise TypeError(f'backend must be "auto" or a name from available_backends(), got {backend!r}')
     if backend not in _BACKENDS:
         names = ", ".join(f'"{name}"' for name in ("auto", *_BACKENDS))
         raise ValueError(f'there is no attention backend "{backend}", only {names}.{did_you_mean(backend, _BACKENDS)}')

@@ -73,15 +73,17 @@ class KeyRanges:
         return pairs if len(pairs) == 1 else pairs[queries.start : queries.stop]
 
 
-def kept_ranges(mask: object, tensor: Tensor, make: Callable[[], KeyRanges]) -> KeyRanges | None:
-    """Return what `make` says of a mask that holds `tensor`, made once and kept by the mask.
+def kept_ranges(mask: object, tensors: tuple[Tensor, ...], make: Callable[[], KeyRanges]) -> KeyRanges | None:
+    """Return what `make` says of a mask that holds these tensors, made once and kept by the mask until they change.
 
-    None where the tensor cannot be read: it is on the meta device, or a graph is being traced.
+    None where they cannot be read: they are on the meta device, or a graph is being traced.
     """
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or any(x.is_meta for x in tensors):
         return None
-    kept = mask.__dict__.get("_ranges")
-    if kept is None:
-        kept = make()
+    if any(x.is_inference() for x in tensors):  # nobody counts their changes
+        return make()
+    versions, kept = tuple(x._version for x in tensors), mask.__dict__.get("_ranges")
+    if kept is None or kept[0] != versions:
+        kept = versions, make()
         object.__setattr__(mask, "_ranges", kept)  # not part of what the mask says, so the record stays frozen
-    return kept
+    return kept[1]

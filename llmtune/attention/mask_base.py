@@ -76,6 +76,14 @@ class Mask:
         """Return the tensors this mask holds, of any shape; they must be on the device of the queries."""
         return ()
 
+    def versions(self) -> tuple[int, ...] | None:
+        """Return how often each of the tensors has been changed in place: what was made of others is out of date.
+
+        None where nobody counts (a tensor made under `inference_mode`): nothing made of it is kept.
+        """
+        tensors = self.tensors()
+        return None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
+
     def fit(self, T: int, S: int) -> None:
         """Check that the mask fits T queries and S keys.
 
@@ -122,9 +130,12 @@ class Mask:
             may attend and -inf where not. seen is None where every query has a key, else bool, the shape of values with
             S = 1, False at the rows without a key.
         """
-        key = (T, S, dtype, device)
+        # A traced graph may neither read values nor leave tensors behind; on the meta device there are none to read.
+        traced = torch.compiler.is_compiling() or torch.device(device).type == "meta"
+        versions = None if traced else self.versions()
+        key = (T, S, dtype, device, versions)
         kept = self.__dict__.get("_kept")
-        if kept is not None and kept[0] == key:
+        if versions is not None and kept is not None and kept[0] == key:
             return kept[1]
         allowed = self.dense(T, S, device=device)
         for dim in range(allowed.ndim - 1):
@@ -134,10 +145,11 @@ class Mask:
                 allowed = allowed.narrow(dim, 0, 1)
         seen = allowed.any(dim=-1, keepdim=True)
         values = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(seen & ~allowed, float("-inf"))
-        if torch.compiler.is_compiling():  # a traced graph may neither read values nor leave tensors behind
+        if traced:
             return values, seen
         made = (values, None if bool(seen.all()) else seen)
-        object.__setattr__(self, "_kept", (key, made))  # not part of what the mask says, so the record stays frozen
+        if versions is not None:
+            object.__setattr__(self, "_kept", (key, made))  # not part of what the mask says: the record stays frozen
         return made
 
     def __and__(self, other: Mask) -> Mask:

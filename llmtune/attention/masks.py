@@ -89,6 +89,11 @@ class Padding(Mask):
     def __post_init__(self) -> None:
         if (self.key_lengths is None) == (self.real is None):
             raise ValueError("Padding takes key_lengths, or a table of real keys through Padding.from_attention_mask")
+        if self.real is not None and (self.real.dtype != torch.bool or self.real.ndim != 2):
+            raise ValueError(
+                f"real must be bool [B, S], got {self.real.dtype} of shape {tuple(self.real.shape)}; "
+                "Padding.from_attention_mask takes a tokenizer's"
+            )
         if self.key_lengths is not None:
             lengths = host_ints(self.key_lengths, "key_lengths")
             if min(lengths, default=0) < 0:
@@ -105,6 +110,8 @@ class Padding(Mask):
         Raises:
             ValueError: the mask is not [B, S], or holds anything but 0 and 1 (an additive mask is a bias).
         """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"an attention mask must be a tensor [B, S] of 0 and 1, got {type(mask).__name__}")
         if mask.ndim != 2:
             raise ValueError(f"an attention mask must be [B, S], got shape {tuple(mask.shape)}; Dense takes a table")
         if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
@@ -156,7 +163,7 @@ class Padding(Mask):
         return ranges is not None and ranges.sees_all(queries, keys)
 
     def _ranges_of(self, real: Tensor) -> KeyRanges | None:
-        return kept_ranges(self, real, lambda: KeyRanges.of_table(real[:, None]))
+        return kept_ranges(self, (real,), lambda: KeyRanges.of_table(real[:, None]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,4 +215,4 @@ class Dense(Mask):
         return ranges is not None and ranges.sees_all(queries, keys)
 
     def _ranges_of(self) -> KeyRanges | None:
-        return kept_ranges(self, self.tensor, lambda: KeyRanges.of_table(self.tensor))
+        return kept_ranges(self, (self.tensor,), lambda: KeyRanges.of_table(self.tensor))

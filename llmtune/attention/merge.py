@@ -22,6 +22,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         (out, lse): [B, H, T, Dv] in the dtype of `out_a`, and [B, H, T] in that of `lse_a`.
 
     Raises:
+        TypeError: one of them is no tensor.
         ValueError: the shapes do not belong together.
 
     >>> from llmtune.attention import merge_attention, scaled_dot_product_attention
@@ -33,6 +34,9 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
 
     Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), section 3.1.
     """
+    for part in (out_a, lse_a, out_b, lse_b):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"merge_attention takes four tensors (out, lse, out, lse), got {type(part).__name__}")
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or lse_a.shape != out_a.shape[:-1]:
         raise ValueError(
             "the parts must be [B, H, T, Dv] and [B, H, T] of the same queries, got "

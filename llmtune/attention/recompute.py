@@ -68,12 +68,14 @@ class _Blockwise(torch.autograd.Function):
     ) -> Any:
         ctx.job = job
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, bias)
+        # The mask's tensors are read again in the backward pass: saved, so that autograd notices if they are changed.
+        masks = () if job.mask is None else job.mask.tensors()
+        ctx.save_for_backward(query, key, value, bias, *masks)
         return forward_pass(job, query, key, value, bias) if kernel is None else kernel(query, key, value)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> Any:
-        inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        inputs, wanted = ctx.saved_tensors[:4], ctx.needs_input_grad[:4]
         d_lse = None if d_lse is None or d_lse.numel() == 0 else d_lse
         if torch.is_grad_enabled():
             return *_differentiable(ctx.job, inputs, d_out, d_lse, wanted), None, None

@@ -49,7 +49,7 @@ def holds_all_scores(case: AttentionCase) -> str | None:
 def needs_table(case: AttentionCase) -> bool:
     """Return whether the mask must be written out as a table for torch's kernel."""
     T, S = case.query.shape[2], case.key.shape[2]
-    return case.mask is not None and not _first_aligned(case, T, S) and not _sees_all(case, T, S)
+    return case.mask is not None and not _is_causal(case, T, S) and not _sees_all(case, T, S)
 
 
 def attend(case: AttentionCase) -> tuple[Tensor, Tensor | None]:
@@ -81,9 +81,11 @@ def attend(case: AttentionCase) -> tuple[Tensor, Tensor | None]:
 def _additive(case: AttentionCase) -> tuple[Tensor | None, Tensor | None, bool]:
     """Return what to add to the scores, where a query has a key (None: everywhere), and whether to say `is_causal`."""
     bias, T, S = case.bias_tensor(), case.query.shape[2], case.key.shape[2]
-    if case.mask is None or (bias is None and _first_aligned(case, T, S)):
-        return bias, None, case.mask is not None
-    if _sees_all(case, T, S):
+    if bias is not None and case.query.dtype == torch.float64:
+        bias = bias.to(torch.float64)  # torch's kernel misreads a float32 bias beside float64 inputs
+    if bias is None and _is_causal(case, T, S):
+        return None, None, True
+    if case.mask is None or _sees_all(case, T, S):
         return bias, None, False
     values, seen = case.mask.additive(T, S, dtype=case.query.dtype, device=case.query.device)
     return (values if bias is None else bias + values), seen, False
@@ -93,7 +95,12 @@ def _with_lse(case: AttentionCase) -> tuple[Tensor, Tensor | None]:
     """Torch's kernel gives its log-sum-exp to those who call it by its inner name, but no gradient of it."""
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = (
+            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
+        )  # it only reads such
         additive, seen, is_causal = _additive(case)
+        if additive is not None and case.bias is not None:  # which may hide keys by -inf, as a mask does
+            seen = (additive > float("-inf")).any(-1, keepdim=True)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=additive, scale=case.scale
         )
@@ -117,8 +124,9 @@ def _offset(case: AttentionCase, T: int, S: int) -> int | None:
     return case.mask.offset if isinstance(case.mask.offset, int) else None
 
 
-def _first_aligned(case: AttentionCase, T: int, S: int) -> bool:
-    return _offset(case, T, S) == 0
+def _is_causal(case: AttentionCase, T: int, S: int) -> bool:
+    """Whether torch's `is_causal` says it: aligned to the first key; it gives NaN where the scale is 0 or less."""
+    return _offset(case, T, S) == 0 and case.factor > 0.0
 
 
 def _sees_all(case: AttentionCase, T: int, S: int) -> bool:

@@ -26,6 +26,10 @@ from llmtune.integrations.transformers_support import NAME
 
 # What some models hand to their attention that changes its result and that we do not have.
 _NOT_TAKEN = ("indices", "block_indices", "sinks", "cache", "alibi", "attention_bias", "head_mask", "output_attentions")
+_CUTS_BESIDE_TABLE = (
+    "cu_seq_lens_q cannot be joined to a mask [B, 1, T, S]: pass one row without padding and without attention_mask, "
+    "or put the documents into the mask"
+)
 
 
 def register() -> None:
@@ -114,6 +118,8 @@ def attention_function(
     _refuse(module, kwargs)
     bias = position_bias
     if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.dtype != torch.bool:
+        if cu_seq_lens_q is not None:
+            raise ValueError(_CUTS_BESIDE_TABLE)
         bias, mask = attention_mask if bias is None else bias + attention_mask, None
     else:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -145,9 +151,19 @@ def _is_cross(module: nn.Module) -> bool:
 
 Made = TypeVar("Made")
 
-# Masks made from a tensor that travels through a forward pass, so that all its layers share one mask and its additive
-# form. An entry lives as long as its tensor, so a mask in here must never hold the very tensor it is kept under.
-_SHARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+class _Shared:
+    """Masks made from tensors that travel through a forward pass, so that all its layers share one mask and its plan.
+
+    What is made from several tensors hangs below each of them, and lives as long as they: so it must never hold them.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[Any, Any] = {}
+        self.more: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+_SHARED = _Shared()
 
 
 def _mask(
@@ -162,11 +178,11 @@ def _mask(
 ) -> Mask | None:
     (B, _, T, _), S = query.shape, key.shape[2]
     causal = causal and T > 1  # a single query is the last one: it sees all keys
-    said = _Said() if attention_mask is None else _shared(attention_mask, (), lambda: _said_by(attention_mask))
+    said = _Said() if attention_mask is None else _shared((attention_mask,), "said", lambda: _said_by(attention_mask))
     if position_ids is not None and (T != S or T == 1 or position_ids.ndim != 2 or not said.unpadded):
         position_ids = None  # beside padding or a cache, positions that start at 0 again are no sign of packing
-    if said.whole and not said.unpadded:
-        cuts = key_cuts = None
+    if said.whole and not said.unpadded and cuts is not None:
+        raise ValueError(_CUTS_BESIDE_TABLE)
 
     def make() -> Mask | None:
         parts: list[Mask | None] = []
@@ -184,10 +200,10 @@ def _mask(
             )
         return _joined([*parts, said.mask])
 
-    for source in (attention_mask, cuts, position_ids):
-        if source is not None:
-            return _shared(source, (B, T, S, causal, window, id(cuts), id(key_cuts)), make)
-    return make()
+    told = (attention_mask, cuts, key_cuts, position_ids)
+    sources = tuple(x for x in told if isinstance(x, Tensor))
+    others = tuple("tensor" if isinstance(x, Tensor) else x if x is None else tuple(x) for x in told)
+    return _shared(sources, (B, T, S, causal, window, others), make)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,12 +237,18 @@ def _said_by(attention_mask: Tensor) -> _Said:
     return _Said(Padding.from_attention_mask(attention_mask.clone()), None, False)
 
 
-def _shared(source: Tensor, what: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-    what = (*what, None if source.is_inference() else source._version)
-    made: dict[tuple[Any, ...], Any] = _SHARED.setdefault(source, {})
-    if what not in made:
-        made[what] = make()
-    return made[what]
+def _shared(sources: tuple[Tensor, ...], what: Any, make: Callable[[], Made]) -> Made:
+    """Return what `make` gives, kept while all of the tensors it is made from live and as long as none is changed."""
+    if not sources or any(x.is_inference() for x in sources):  # nobody counts what is changed in inference mode
+        return make()
+    node = _SHARED
+    for source in sources:
+        node = node.more.setdefault(source, _Shared())
+    made = node.made
+    key = (what, tuple(x._version for x in sources))
+    if key not in made:
+        made[key] = make()
+    return made[key]
 
 
 def _joined(parts: list[Mask | None]) -> Mask | None:

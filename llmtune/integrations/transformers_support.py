@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Hashable
 from types import ModuleType
 from typing import Any
 
@@ -72,8 +71,8 @@ def refusal_of(file: ModuleType | None) -> str | None:
 
 
 @functools.cache
-def _flash(config: Hashable) -> bool:
-    return any(getattr(kind, "_supports_flash_attn", False) for kind in _classes(modeling_file(config)))
+def _flash(file: ModuleType | None) -> bool:
+    return any(getattr(kind, "_supports_flash_attn", False) for kind in _classes(file))
 
 
 def carries_small_masks(config: Any) -> bool:
@@ -81,8 +80,7 @@ def carries_small_masks(config: Any) -> bool:
 
     Others may slice a table or add to it. So does Gemma 4, which drops queries before the layers that share their keys.
     """
-    kind: Any = type(config)
-    return _flash(kind) and not getattr(config, "num_kv_shared_layers", 0)
+    return _flash(modeling_file(type(config))) and not getattr(config, "num_kv_shared_layers", 0)
 
 
 def modeling_file(config: Any, *, load: bool = False) -> ModuleType | None:

@@ -76,6 +76,11 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if isinstance(norm, nn.Module):
+            raise ValueError(
+                "norm makes a norm of a width, such as nn.LayerNorm or lambda width: nn.RMSNorm(width, eps=1e-6), "
+                f"got a {type(norm).__name__} already made; every part needs its own"
+            )
         if order not in ORDERS:
             names = ", ".join(f'"{name}"' for name in ORDERS)
             raise ValueError(f'there is no order "{order}", only {names}.{did_you_mean(order, ORDERS)}')

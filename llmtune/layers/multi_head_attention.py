@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmtune.attention.biases import RelativeBias
 from llmtune.attention.cache_base import KeyValueCache
+from llmtune.attention.case import AttentionCase
 from llmtune.attention.functional import available_backends, scaled_dot_product_attention
 from llmtune.attention.mask_base import Mask
 from llmtune.attention.positions import RotaryEmbedding, apply_rotary
@@ -135,6 +136,8 @@ class MultiHeadAttention(nn.Module):
             ValueError: a shape does not fit, or an argument is missing or has no effect here.
         """
         self._check(hidden, context, position_ids, cache)
+        if cache is not None:
+            self._check_fits(hidden, context, mask, bias, cache)
         query = self._project(self.query, self.query_norm, hidden, self.heads)
         if context is None and self.context_width is None:
             context = hidden
@@ -188,11 +191,31 @@ class MultiHeadAttention(nn.Module):
                     f"the cache holds a context of {cache.length} positions, but this one has {context.shape[1]}; "
                     "start with a new cache"
                 )
+        if self.context_width is not None and cache is not None and cache.window is not None:
+            raise ValueError(
+                f"a cross-attention needs its whole context, but this cache has a window of {cache.window}: "
+                "make it without one"
+            )
         if position_ids is not None:
             if self.rotary is None:
                 raise ValueError("position_ids have no effect without rotary; leave them out")
             if position_ids.ndim != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
                 raise ValueError(f"position_ids must be [{B}, {T}] or [1, {T}], got shape {tuple(position_ids.shape)}")
+
+    def _check_fits(
+        self,
+        hidden: Tensor,
+        context: Tensor | None,
+        mask: Mask | None,
+        bias: Tensor | RelativeBias | None,
+        cache: KeyValueCache,
+    ) -> None:
+        """Check mask and bias before anything goes into the cache, which would then hold tokens that were refused."""
+        (B, T, _), one = hidden.shape, hidden.new_empty(())
+        new = T if self.context_width is None else 0 if cache.length or context is None else context.shape[1]
+        key = one.expand(B, self.key_heads, cache.held + new, self.head_size)
+        bias = one.expand(bias.shape) if isinstance(bias, Tensor) and bias.is_floating_point() else bias
+        AttentionCase(one.expand(B, self.heads, T, self.head_size), key, key, mask, bias)
 
     def extra_repr(self) -> str:
         """Return the sizes, for printing."""
@@ -230,8 +253,8 @@ def _check_norm(qk_norm: Callable[[int], nn.Module] | None, qk_norm_over: str) -
 def _check_knobs(scale: float | None, softcap: float | None, dropout: float, backend: str) -> None:
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be positive, got {softcap}; leave it out for none")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}; leave it out for none")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
     names = available_backends()

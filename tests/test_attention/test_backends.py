@@ -279,9 +279,14 @@ def test_any_subset_of_the_inputs_and_the_bias_may_want_a_gradient(backend):
         leaves = [x.detach().clone().requires_grad_(bool(wanted >> i & 1)) for i, x in enumerate([*truth, bias])]
         if knobs:
             knobs["bias"] = leaves[3]
+        pull = draw(B, H, T, D, seed=17)
         out = scaled_dot_product_attention(*leaves[:3], mask=Causal(), backend=backend, **knobs)
-        out.sum().backward()
+        out.backward(pull)
         assert [x.grad is not None for x in leaves] == [x.requires_grad for x in leaves]
+        asked = [x for x in leaves if x.requires_grad]
+        expected = scaled_dot_product_attention(*leaves[:3], mask=Causal(), backend="reference", **knobs)
+        for x, wanted_gradient in zip(asked, torch.autograd.grad(expected, asked, pull), strict=True):
+            torch.testing.assert_close(x.grad, wanted_gradient, rtol=0, atol=1e-11)
 
 
 def test_a_mask_keeps_its_plan_and_notices_a_changed_table():
@@ -295,3 +300,89 @@ def test_a_mask_keeps_its_plan_and_notices_a_changed_table():
     after = scaled_dot_product_attention(*tensors, mask=mask, backend="packed")
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, scaled_dot_product_attention(*tensors, mask=mask, backend="reference"))
+
+
+def turned(x):
+    """The same numbers with a last dimension that is not contiguous."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"sinks": draw(H, seed=5)}])
+@pytest.mark.parametrize("backend", OTHERS)
+def test_any_strides_also_with_lse_and_sinks(backend, knobs):
+    query, key, value = (x.detach() for x in inputs(D))
+    truth = scaled_dot_product_attention(
+        query, key, value, mask=Causal(), return_lse=True, backend="reference", **knobs
+    )
+    found = scaled_dot_product_attention(
+        turned(query), turned(key), turned(value), mask=Causal(), return_lse=True, backend=backend, **knobs
+    )
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "chunked", "auto"])
+def test_float64_beside_a_float32_bias(backend):
+    bias = draw(T, S, seed=4, dtype=torch.float32)
+    for mask in (None, Causal()):
+        found = scaled_dot_product_attention(*inputs(D), mask=mask, bias=bias, backend=backend)
+        truth = scaled_dot_product_attention(*inputs(D), mask=mask, bias=bias, backend="reference")
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("backend", [*OTHERS, "auto"])
+def test_a_scale_of_zero_or_less(backend, scale):
+    for mask in (Causal(), Causal(0)):
+        found = scaled_dot_product_attention(*inputs(D), mask=mask, scale=scale, backend=backend)
+        truth = scaled_dot_product_attention(*inputs(D), mask=mask, scale=scale, backend="reference")
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sinks", [None, draw(H, seed=5)])
+@pytest.mark.parametrize("mask", [None, Causal(), Padding([S, 3])])
+@pytest.mark.parametrize("backend", ["sdpa", "chunked"])
+def test_a_bias_of_minus_infinity_empties_a_row_in_the_lse_too(backend, mask, sinks):
+    bias = torch.zeros(T, S, dtype=torch.float64)
+    bias[5:9], bias[:, :3] = float("-inf"), float("-inf")  # with Padding, the second row has no key left at all
+    leaves = [] if sinks is None else [sinks.clone().requires_grad_()]
+    knobs = {"bias": bias, "sinks": leaves[0] if leaves else None}
+    assert max(differences(backend, mask, inputs(D), leaves=leaves, **knobs)) < 1e-11
+
+
+TABLES = {
+    "table": Dense,
+    "padding": lambda table: Causal() & Padding.from_attention_mask(table[:, 0, 0].clone()),
+    "ids": lambda table: Causal() & Documents.from_ids(table[:, 0, 0].long(), table[:, 0, 0].long()),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("backend", [*OTHERS, "auto"])
+def test_a_mask_whose_tensor_is_changed_is_another_mask(backend, kind, inference):
+    with torch.inference_mode(inference):
+        query, key, value = (x.detach()[:, :, :T] for x in inputs(D))
+        table = torch.ones(B, 1, T, T, dtype=torch.bool)
+        mask = TABLES[kind](table)
+        if backend in ("packed", "windowed") and kind == "table":
+            return
+        scaled_dot_product_attention(query, key, value, mask=mask, backend=backend)
+        for tensor in mask.tensors():
+            tensor[..., 40:] = 0
+        found = scaled_dot_product_attention(query, key, value, mask=mask, backend=backend)
+        truth = scaled_dot_product_attention(query, key, value, mask=mask, backend="reference")
+        torch.testing.assert_close(found, truth, rtol=0, atol=1e-12)
+
+
+def test_a_mask_changed_before_the_backward_pass_is_noticed():
+    table = torch.ones(T, S, dtype=torch.bool)
+    out = scaled_dot_product_attention(*inputs(D), mask=Dense(table), backend="chunked")
+    table[:, 40:] = False
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_tensors_on_the_meta_device_give_shapes():
+    query, key, value = (x.detach().to("meta") for x in inputs(D))
+    assert scaled_dot_product_attention(query, key, value, mask=Causal()).shape == (B, H, T, D)

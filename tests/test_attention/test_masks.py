@@ -320,3 +320,27 @@ def test_tables_without_rows_or_keys():
     assert Documents.from_ids(torch.zeros(2, 0).long(), torch.zeros(2, 3).long()).dense(0, 3).shape == (2, 1, 0, 3)
     assert Padding([0, 0]).span(range(3), 3, 5) == range(0)
     assert Causal().dense(0, 3).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (
+            lambda: Documents.from_ids([[0, 1]]),
+            TypeError,
+            r"query_ids must be a tensor \[B, length\] of integers, got list",
+        ),
+        (lambda: Padding.from_attention_mask([[0, 1]]), TypeError, r"must be a tensor \[B, S\] of 0 and 1, got list"),
+        (lambda: Padding(real=torch.ones(2, 3)), ValueError, r"real must be bool \[B, S\], got torch.float32 of shape"),
+        (lambda: Padding(real=torch.ones(3, dtype=torch.bool)), ValueError, r"real must be bool \[B, S\]"),
+        (lambda: Documents([0, 3, 7], key_ids=torch.ones(1, 7)), ValueError, "key_ids belongs to the other way"),
+        (
+            lambda: Documents(query_ids=torch.ones(1, 7).long(), key_cu_seqlens=[0, 7]),
+            ValueError,
+            "key_cu_seqlens belongs to the other way of giving documents",
+        ),
+    ],
+)
+def test_what_is_no_mask_is_told_when_it_is_made(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()

@@ -68,3 +68,8 @@ def test_far_apart_parts_do_not_overflow():
 def test_parts_of_different_queries_are_refused():
     with pytest.raises(ValueError, match=r"of the same queries, got \(1, 2, 3, 5\) and \(1, 2, 3\), \(1, 2, 4, 5\)"):
         merge_attention(draw(1, 2, 3, 5), draw(1, 2, 3), draw(1, 2, 4, 5), draw(1, 2, 4))
+
+
+def test_four_tensors_are_needed():
+    with pytest.raises(TypeError, match=r"takes four tensors .* got int"):
+        merge_attention(1, 2, 3, 4)

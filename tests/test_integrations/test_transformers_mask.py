@@ -348,8 +348,32 @@ def test_nothing_is_added_to_a_table_of_the_users_own():
     out = call(mask=table)[0]
     assert torch.equal(out, call(CrossLayer())[0])  # not even causality
     assert torch.equal(call(mask=table, position_ids=torch.tensor([[0, 1, 0, 1, 2]]))[0], out)
-    assert torch.equal(call(mask=table, cu_seq_lens_q=torch.tensor([0, 2, 5]))[0], out)
+    for own in (table, torch.zeros(1, 1, 5, 5)):  # the first says what may be seen, the second is added
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q cannot be joined to a mask \[B, 1, T, S\]"):
+            call(mask=own, cu_seq_lens_q=torch.tensor([0, 2, 5]))
     assert torch.equal(call(mask=table, sliding_window=2)[0], out)
+
+
+def test_one_mask_beside_other_positions_or_cuts_is_another_mask():
+    own = torch.ones(1, 5, dtype=torch.bool)
+    for kind, tensors in (
+        ("cu_seq_lens_q", [torch.tensor(cuts) for cuts in ([0, 2, 5], [0, 3, 5], [0, 5])]),
+        ("cu_seq_lens_q", [(0, 2, 5), (0, 3, 5), (0, 5)]),
+    ):
+        found = [call(mask=own, **{kind: cuts})[0] for cuts in tensors]
+        truth = [call(mask=own.clone(), **{kind: cuts})[0] for cuts in tensors]
+        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+        assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_positions_changed_in_place_are_read_anew(inference):
+    with torch.inference_mode(inference):
+        positions = torch.tensor([[0, 1, 0, 1, 2]])
+        first = call(position_ids=positions)[0]
+        positions.copy_(torch.tensor([[0, 1, 2, 0, 1]]))
+        assert torch.equal(call(position_ids=positions)[0], call(position_ids=positions.clone())[0])
+        assert not torch.equal(call(position_ids=positions)[0], first)
 
 
 def test_numbers_to_add_come_together_and_in_any_dtype():

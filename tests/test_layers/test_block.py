@@ -254,3 +254,8 @@ def test_any_module_may_be_the_feed_forward():
     block, hidden = TransformerBlock(MultiHeadAttention(E, 2), nn.Linear(E, E)), draw(B, T, E)
     attended = hidden + block.attention(block.attention_norm(hidden))
     assert torch.equal(block(hidden), attended + block.feed_forward(block.feed_forward_norm(attended)))
+
+
+def test_a_norm_already_made_is_refused():
+    with pytest.raises(ValueError, match=r"norm makes a norm of a width.* got a LayerNorm already made"):
+        TransformerBlock(MultiHeadAttention(12, 4), FeedForward(12, 31), norm=nn.LayerNorm(12))

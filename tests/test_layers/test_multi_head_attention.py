@@ -298,7 +298,7 @@ def test_heads_that_cannot_be_cut_are_refused():
         ((12, 3), {"key_heads": 0}, "key_heads must be positive, got 0"),
         ((12, 3), {"context_width": -1}, "context_width must be positive, got -1"),
         ((12, 3), {"dropout": 1.5}, "dropout must be between 0 and 1, got 1.5"),
-        ((12, 3), {"softcap": 0.0}, "softcap must be positive, got 0.0; leave it out for none"),
+        ((12, 3), {"softcap": 0.0}, "softcap must be positive and finite, got 0.0; leave it out for none"),
         ((12, 3), {"scale": math.nan}, "scale must be finite, got nan"),
         ((12, 3), {"backend": "sdqa"}, r'no attention backend "sdqa", only "auto".* Did you mean "sdpa"'),
         ((12, 3), {"qk_norm_over": "projection"}, 'qk_norm_over="projection" has no effect without qk_norm'),
@@ -341,3 +341,25 @@ def test_inputs_that_do_not_fit_are_refused_before_the_cache_is_touched():
         with pytest.raises(ValueError, match=sentence):
             call()
     assert cache.length == 0
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [{"mask": Causal() & Padding([9])}, {"bias": torch.zeros(3, 3)}, {"mask": Padding([1, 1, 1])}],
+)
+def test_what_is_refused_leaves_the_cache_as_it_was(refused):
+    attention, cache = MultiHeadAttention(12, 4).eval(), GrowingCache()
+    hidden = torch.randn(1, 7, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = attention(hidden, mask=Causal())
+        attention(hidden[:, :2], mask=Causal(), cache=cache)
+        with pytest.raises(ValueError, match=r"key_lengths|bias must be|made for"):
+            attention(hidden[:, 2:], cache=cache, **refused)
+        assert cache.length == 2
+        torch.testing.assert_close(attention(hidden[:, 2:], mask=Causal(), cache=cache), truth[:, 2:])
+
+
+def test_a_cross_attention_takes_no_cache_with_a_window():
+    attention = MultiHeadAttention(12, 4, context_width=12)
+    with pytest.raises(ValueError, match="needs its whole context, but this cache has a window of 3"):
+        attention(torch.zeros(1, 2, 12), context=torch.zeros(1, 7, 12), cache=GrowingCache(window=3))
