@@ -81,6 +81,7 @@ class Documents(Mask):
             key_ids: [B, S] integers; left out, as `query_ids`, and T must be S.
 
         Raises:
+            TypeError: the ids are no tensor.
             ValueError: the ids are not integers of these shapes.
         """
         for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):

@@ -108,6 +108,7 @@ class Padding(Mask):
             mask: [B, S], 1 (or True) at real tokens and 0 at padding.
 
         Raises:
+            TypeError: the mask is no tensor.
             ValueError: the mask is not [B, S], or holds anything but 0 and 1 (an additive mask is a bias).
         """
         if not isinstance(mask, Tensor):
