@@ -104,8 +104,8 @@ def bytes_kept() -> dict[str, Any]:
     return found
 
 
-def batch_of(folder: str, data: str, tokens: int) -> dict[str, Tensor]:
-    """Return one row of real tokens, documents end to end, as both sides get it."""
+def batch_of(folder: str, data: str, tokens: int, length: int) -> dict[str, Tensor]:
+    """Return rows of real tokens, documents end to end, as both sides get it: nothing is padded."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids: list[int] = []
     for line in Path(data).read_text(encoding="utf-8").splitlines():
@@ -113,7 +113,7 @@ def batch_of(folder: str, data: str, tokens: int) -> dict[str, Tensor]:
         ids += tokenizer(" ".join(str(row.get(k) or "") for k in ("instruction", "input", "output")))["input_ids"]
         if len(ids) >= tokens:
             break
-    row_ids = torch.tensor(ids[:tokens])[None]
+    row_ids = torch.tensor(ids[:tokens]).view(-1, length)
     return {"input_ids": row_ids, "labels": row_ids}
 
 
@@ -159,7 +159,7 @@ def steps(make: Make, batch: dict[str, Tensor], pairs: int) -> dict[str, Any]:
     others = [("LoRA, PEFT", "all weights"), ("DoRA, PEFT", "LoRA, PEFT"), ("DoRA", "DoRA, PEFT")]
     found: dict[str, Any] = {
         "seconds": {name: statistics.median(times) for name, times in taken.items()}, "rounds": pairs,
-        "tokens": batch["input_ids"].numel(), "first_losses": first, "ratios": {},
+        "rows, tokens": list(batch["input_ids"].shape), "first_losses": first, "ratios": {},
     }  # fmt: skip
     rows = []
     for pair in (*wanted, *others):
@@ -234,7 +234,8 @@ def main() -> None:
                         default=["bytes", "steps", "attach", "merge"])  # fmt: skip
     parser.add_argument("--model", help="a folder with a causal language model, for the steps")
     parser.add_argument("--data", help="a JSONL file of Alpaca's rows, for the steps")
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/adapters.json")
@@ -248,7 +249,7 @@ def main() -> None:
     if "bytes" in options.parts:
         result["bytes"] = bytes_kept()
     if "steps" in options.parts:
-        batch = batch_of(options.model, options.data, options.tokens)
+        batch = batch_of(options.model, options.data, options.tokens, options.length)
         small = {name: ids % 8192 for name, ids in batch.items()}
         result["steps, 8 layers of 512"] = steps(lambda: llama(8), small, options.pairs)
         result["steps, the model"] = steps(

@@ -138,6 +138,8 @@ def _documents(part: Documents, row: int) -> list[tuple[range, range]] | None:
 
 
 def _runs_of(ids: Tensor) -> list[tuple[int, range]]:
+    if ids.numel() == 0:
+        return []
     values, counts = torch.unique_consecutive(ids, return_counts=True)
     ends = counts.cumsum(0).tolist()
     starts = [0, *ends[:-1]]

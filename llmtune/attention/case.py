@@ -110,6 +110,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
             "key and value must have the same heads and length, "
             f"got {tuple(key.shape[1:3])} and {tuple(value.shape[1:3])}"
         )
+    if query.shape[3] == 0:
+        raise ValueError(f"query and key must have a head size of at least 1, got {tuple(query.shape)}")
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"query and key must have one head size, got {query.shape[3]} and {key.shape[3]}")
     H, K = query.shape[1], key.shape[1]

@@ -137,6 +137,9 @@ class Mask:
         kept = self.__dict__.get("_kept")
         if versions is not None and kept is not None and kept[0] == key:
             return kept[1]
+        if not traced and torch.is_inference_mode_enabled():  # what is made here may be needed for training later on
+            with torch.inference_mode(False):
+                return self.additive(T, S, dtype=dtype, device=device)
         allowed = self.dense(T, S, device=device)
         for dim in range(allowed.ndim - 1):
             if (

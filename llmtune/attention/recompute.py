@@ -57,7 +57,8 @@ def _bias_values(case: AttentionCase) -> Tensor | None:
         T, S = case.query.shape[2], case.key.shape[2]
         offset = S - T if bias.offset is None else bias.offset
         wide = torch.promote_types(case.query.dtype, torch.float32)
-        return bias.by_distance(torch.arange(offset + T - 1, offset - S, -1, device=case.query.device)).to(wide)
+        distances = offset + T - 1 - torch.arange(max(T + S - 1, 0), device=case.query.device)
+        return bias.by_distance(distances).to(wide)
     return bias[None, None] if bias is not None and bias.ndim == 2 else bias
 
 

@@ -108,7 +108,8 @@ def _with_lse(case: AttentionCase) -> tuple[Tensor, Tensor | None]:
             return out, lse
         return out.masked_fill(~seen, 0.0), lse.masked_fill(~seen[..., 0], float("-inf"))
 
-    return attend_blockwise(case, any_plan(case), kernel=kernel)
+    empty = case.scores == 0  # which makes the kernel divide by zero
+    return attend_blockwise(case, any_plan(case), kernel=None if empty else kernel)
 
 
 def _has_own_size(case: AttentionCase) -> bool:

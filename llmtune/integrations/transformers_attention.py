@@ -247,7 +247,8 @@ def _shared(sources: tuple[Tensor, ...], what: Any, make: Callable[[], Made]) ->
     made = node.made
     key = (what, tuple(x._version for x in sources))
     if key not in made:
-        made[key] = make()
+        with torch.inference_mode(False):  # what is made here may be needed for training later on
+            made[key] = make()
     return made[key]
 
 

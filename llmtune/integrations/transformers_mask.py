@@ -8,6 +8,7 @@ plain becomes a table. What is surely plain stays small:
     int32 [B, T]          that, and packing: the document each token belongs to
     int64 [B, S]          that, and a window, and padding or packing: see `window_tensor`
     bool [B, 1, T, S]     the whole mask
+    float [B, 1, T, S]    the same, to add, for models whose layers do not say themselves whether they are causal
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llmtune.integrations.transformers_closures import Meaning, is_packed, meaning_of
-from llmtune.integrations.transformers_support import carries_small_masks, modeling_file, refusal_of
+from llmtune.integrations.transformers_support import carries_small_masks, modeling_file, refusal_of, tells_is_causal
 
 _UNPADDED_TABLES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -56,18 +57,24 @@ def attention_mask_function(
         **kwargs: handed on to transformers' `sdpa_mask` where a table is made.
 
     Returns:
-        None, bool [B, S], int32 [B, T], int64 [B, S] or bool [B, 1, T, S]: see the top of this file.
+        None, bool [B, S], int32 [B, T], int64 [B, S], or bool or float [B, 1, T, S]: see the top of this file.
 
     Raises:
         ValueError: the model computes its attention by itself and would read this mask wrongly.
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
     why_not = refusal_of(modeling_file(type(config)))
     if why_not is not None:
         raise ValueError(f'{why_not}; load the model with attn_implementation="eager"')
     T, S = q_length, kv_length
     mask_function = causal_mask_function if mask_function is None else mask_function
+    if not tells_is_causal(config):  # parts of such a model may add the mask to scores of their own, as with "eager"
+        return eager_mask(
+            batch_size=batch_size, q_length=T, kv_length=S, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
+            allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs,
+        )  # fmt: skip
     # Our masks count from the last key, and the query's offset may be a tensor, which is not read here.
     aligned = isinstance(q_offset, int) and q_offset + T == kv_offset + S
     known = meaning_of(mask_function)

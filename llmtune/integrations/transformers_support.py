@@ -71,8 +71,8 @@ def refusal_of(file: ModuleType | None) -> str | None:
 
 
 @functools.cache
-def _flash(file: ModuleType | None) -> bool:
-    return any(getattr(kind, "_supports_flash_attn", False) for kind in _classes(file))
+def _says(file: ModuleType | None, flag: str) -> bool:
+    return any(getattr(kind, flag, False) for kind in _classes(file))
 
 
 def carries_small_masks(config: Any) -> bool:
@@ -80,7 +80,17 @@ def carries_small_masks(config: Any) -> bool:
 
     Others may slice a table or add to it. So does Gemma 4, which drops queries before the layers that share their keys.
     """
-    return _flash(modeling_file(type(config))) and not getattr(config, "num_kv_shared_layers", 0)
+    return _says(modeling_file(type(config)), "_supports_flash_attn") and not getattr(config, "num_kv_shared_layers", 0)
+
+
+def tells_is_causal(config: Any) -> bool:
+    """Return whether the model's layers know by themselves if they are causal, as models written for sdpa do.
+
+    Others leave it to the mask (BigBird-Pegasus, NLLB-MoE and Pegasus-X call their decoders' layers not causal), so
+    theirs must say everything. A configuration whose modeling file is not known is trusted.
+    """
+    file = modeling_file(type(config))
+    return file is None or _says(file, "_supports_sdpa")
 
 
 def modeling_file(config: Any, *, load: bool = False) -> ModuleType | None:

@@ -177,3 +177,8 @@ def test_it_compiles_into_one_graph():
     x = torch.randn(2, 2, 5, 4)
     for mask in (None, Causal(), Causal() & Padding([3, 0])):
         torch.testing.assert_close(compiled(x, x, x, mask=mask), scaled_dot_product_attention(x, x, x, mask=mask))
+
+
+def test_heads_of_no_size_are_refused():
+    with pytest.raises(ValueError, match="query and key must have a head size of at least 1"):
+        scaled_dot_product_attention(zeros(2, 4, 3, 0), zeros(2, 4, 7, 0), zeros(2, 4, 7, 5))

@@ -260,12 +260,18 @@ def test_huge_logits_in_bfloat16_do_not_overflow(backend):
 
 
 @pytest.mark.parametrize("backend", available_backends())
-@pytest.mark.parametrize(("rows", "T", "S"), [(2, 0, 3), (2, 3, 0), (0, 3, 5), (2, 1, 1)])
-def test_empty_and_single(backend, rows, T, S):
+@pytest.mark.parametrize(("rows", "T", "S"), [(2, 0, 3), (2, 3, 0), (0, 3, 5), (2, 1, 1), (1, 0, 0)])
+@pytest.mark.parametrize("knobs", [{}, {"return_lse": True}, {"sinks": torch.ones(4)}, {"bias": ALiBi(4)}])
+def test_empty_and_single(backend, rows, T, S, knobs):
+    if backend in ("packed", "windowed") and "bias" in knobs:
+        return
     query, key = (draw(rows, 4, n, 5, seed=n).requires_grad_() for n in (T, S))
-    out = scaled_dot_product_attention(query, key, key, mask=Causal(), backend=backend)
-    assert out.shape == (rows, 4, T, 5)
-    assert S or not bool(out.any())
+    by_ids = Documents.from_ids(*(torch.zeros(rows, n, dtype=torch.long) for n in (T, S)))
+    for mask in (Causal(), None, by_ids, Causal() & by_ids):
+        out = scaled_dot_product_attention(query, key, key, mask=mask, backend=backend, **knobs)
+        out = out[0] if "return_lse" in knobs else out
+        assert out.shape == (rows, 4, T, 5)
+        assert S or not bool(out.any())
     for gradient in torch.autograd.grad(out.sum(), (query, key), allow_unused=True):
         assert gradient is None or bool(gradient.isfinite().all())
 

@@ -97,6 +97,10 @@ PAIRS = {
     "bart": ("Bart", "ForConditionalGeneration", BART),
     "mbart": ("MBart", "ForConditionalGeneration", BART),
     "pegasus": ("Pegasus", "ForConditionalGeneration", BART),
+    # Their decoders' layers say that they are not causal: the mask must say it all.
+    "bigbird_pegasus": ("BigBirdPegasus", "ForConditionalGeneration", {**BART, "attention_type": "original_full"}),
+    "pegasus_x": ("PegasusX", "ForConditionalGeneration", {**BART, "block_size": 4, "num_global_tokens": 2}),
+    "nllb_moe": ("NllbMoe", "ForConditionalGeneration", {**BART, "num_experts": 2, "expert_capacity": 64}),
 }
 # Not every version that we support has every one of them.
 DECODERS = {name: model for name, model in DECODERS.items() if hasattr(hf, f"{model[0]}Config")}

@@ -404,3 +404,19 @@ def test_cuts_that_do_not_fit_are_refused():
     x = torch.zeros(2, 2, 5, 3)
     with pytest.raises(ValueError, match="cuts the documents of one row, but the batch has 2"):
         attention_function(Layer(), x, x, x, None, cu_seq_lens_q=torch.tensor([0, 5]))
+
+
+def test_what_is_made_in_inference_mode_serves_training_afterwards():
+    model = tiny_llama(attention="llmtune")
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    for inputs in (
+        {"position_ids": positions, "input_ids": ids[:1]},
+        {"attention_mask": torch.ones(1, 1, 12, 12, dtype=torch.bool).tril(), "input_ids": ids[:1]},
+        {"attention_mask": (torch.arange(12) > 3).long().expand(2, -1), "input_ids": ids},
+    ):
+        with torch.inference_mode():
+            before = model(**inputs).logits
+        after = model(**inputs).logits
+        torch.testing.assert_close(after, before.clone())
+        after.sum().backward()
