@@ -86,11 +86,13 @@ def carries_small_masks(config: Any) -> bool:
 def tells_is_causal(config: Any) -> bool:
     """Return whether the model's layers know by themselves if they are causal, as models written for sdpa do.
 
-    Others leave it to the mask (BigBird-Pegasus, NLLB-MoE and Pegasus-X call their decoders' layers not causal), so
-    theirs must say everything. A configuration whose modeling file is not known is trusted.
+    So do decoders written for flash attention (Gemma 2 and GPT-OSS, which sdpa cannot serve). Others leave it to the
+    mask (BigBird-Pegasus, NLLB-MoE and Pegasus-X call their decoders' layers not causal), so theirs must say
+    everything. A configuration whose modeling file is not known is trusted.
     """
-    file = modeling_file(type(config))
-    return file is None or _says(file, "_supports_sdpa")
+    kind: Any = type(config)
+    file, pair = modeling_file(kind), bool(getattr(kind, "is_encoder_decoder", False))
+    return file is None or _says(file, "_supports_sdpa") or (_says(file, "_supports_flash_attn") and not pair)
 
 
 def modeling_file(config: Any, *, load: bool = False) -> ModuleType | None:
