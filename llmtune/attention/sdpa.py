@@ -95,12 +95,12 @@ def _with_lse(case: AttentionCase) -> tuple[Tensor, Tensor | None]:
     """Torch's kernel gives its log-sum-exp to those who call it by its inner name, but no gradient of it."""
 
     def kernel(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        query, key, value = (
-            x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)
-        )  # it only reads such
+        # The kernel reads past a last dimension that is not contiguous.
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         additive, seen, is_causal = _additive(case)
         if additive is not None and case.bias is not None:  # which may hide keys by -inf, as a mask does
-            seen = (additive > float("-inf")).any(-1, keepdim=True)
+            left = (additive > float("-inf")).any(-1, keepdim=True)
+            seen = left if seen is None else seen & left
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, attn_mask=additive, scale=case.scale
         )

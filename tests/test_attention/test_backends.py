@@ -346,7 +346,7 @@ def test_a_scale_of_zero_or_less(backend, scale):
 
 
 @pytest.mark.parametrize("sinks", [None, draw(H, seed=5)])
-@pytest.mark.parametrize("mask", [None, Causal(), Padding([S, 3])])
+@pytest.mark.parametrize("mask", [None, Causal(), Causal(-37), Padding([S, 3]), Padding([0, 97])])
 @pytest.mark.parametrize("backend", ["sdpa", "chunked"])
 def test_a_bias_of_minus_infinity_empties_a_row_in_the_lse_too(backend, mask, sinks):
     bias = torch.zeros(T, S, dtype=torch.float64)
