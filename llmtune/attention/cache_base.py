@@ -58,7 +58,7 @@ class KeyValueCache:
     """
 
     def __init__(self, window: int | None = None) -> None:
-        if window is not None and (not isinstance(window, int) or window < 1):
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise ValueError(f"window must be a positive number of tokens, or None for no window, got {window}")
         self.window = window
         self._kept: Store | None = None

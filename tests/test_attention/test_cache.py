@@ -340,6 +340,7 @@ def test_rows_that_do_not_exist_are_refused(make, bad):
     ("make", "sentence"),
     [
         (lambda: GrowingCache(0), "window must be a positive number of tokens, or None for no window, got 0"),
+        (lambda: GrowingCache(True), "window must be a positive number of tokens, .* got True"),
         (lambda: GrowingCache(2.5), "window must be a positive number of tokens, .* got 2.5"),
         (lambda: StaticCache(0, 2, 3, 4), "rows must be positive, got 0"),
         (lambda: StaticCache(1, 2, 3, 4, 0), "value_size must be positive, got 0"),
