@@ -5,7 +5,8 @@
 
 bytes: two Llama layers (512 wide, bfloat16 base, 512 tokens): the storages that autograd keeps, parameters left out.
 steps: an optimizer step (forward, backward, AdamW) on `--model` and on a Llama of 8 layers, 512 wide: LoRA and DoRA of
-    rank 16 on every linear layer, ours and PEFT's, and full fine-tuning; same batch, attention, head and loss.
+    rank 16 on every linear layer, ours and PEFT's, and full fine-tuning; same batch, attention, head and loss (ours, which
+    holds no table of logits: allocating one costs as much as it likes on a busy machine).
 attach: LoRA on the 252 linear layers of a Llama of 36 layers; saving it, and loading it onto a bare model.
 merge: a bfloat16 base with a moved adapter: how far merging moves the logits, and how many merged weights are the
     rounded sum.
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmtune.adapters import DoRA, LoRA, adapter_parameters, attach, load, merge, save
+from llmtune.losses import causal_lm_loss
 
 RANK, ALPHA = 16, 32
 Make = Callable[[], nn.Module]
@@ -124,7 +126,7 @@ def stepper(model: nn.Module, batch: dict[str, Tensor], rate: float) -> Callable
 
     def step() -> tuple[float, float]:
         began = time.perf_counter()
-        loss = model(**batch).loss
+        loss = causal_lm_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

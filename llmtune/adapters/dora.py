@@ -99,7 +99,8 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Return the lengths of the rows of W + s B A, [out]."""
-        return row_norms(self.matrix(), self.lora_a, self.lora_b, self.scaling).to(self.lora_a.dtype)
+        with torch.autocast(self.lora_a.device.type, enabled=False):
+            return row_norms(self.matrix(), self.lora_a, self.lora_b, self.scaling).to(self.lora_a.dtype)
 
     def matrix(self) -> Tensor:
         """Return the bare weight as [out, in]."""

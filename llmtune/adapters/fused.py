@@ -116,7 +116,7 @@ def _prepared(x: Tensor, lora_a: Tensor, scaling: float, p: float, seed: int | N
         work = torch.get_autocast_dtype(x.device.type)
         x = x.to(work)
     if p > 0.0 and seed is None and not _traced():
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     return x, Knobs(scaling, p, -1 if seed is None else seed, work)
 
 
@@ -154,7 +154,7 @@ class _LoRALinear(torch.autograd.Function):
         d_m = None
         if m is not None and norm is not None:
             if kept is not None:
-                d_m = (_rows(d_out * kept).to(m.dtype).sum(0) / norm).to(m.dtype)
+                d_m = (_rows(d_out.to(m.dtype) * kept).sum(0) / norm).to(m.dtype)
             d_out = (d_out * (m / norm)).to(d_out.dtype)
         d_x = times(d_out, weight.to(d_out.dtype)) if wanted[0] else None
         d_weight = (_rows(d_out).T @ _rows(x)).to(weight.dtype) if wanted[1] else None

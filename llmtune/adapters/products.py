@@ -26,6 +26,7 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
     fast = (
         x.device.type == "cpu"
         and x.dtype == matrix.dtype == torch.float32
+        and x.ndim > 1
         and type(matrix) in (Tensor, torch.nn.Parameter)
         and x.numel() * matrix.shape[1] >= _FEW
         and torch.backends.mkldnn.is_available()
@@ -33,5 +34,5 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
     if fast:
-        return torch.ops.mkldnn._linear_pointwise(x, matrix.T, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), matrix.T, None, "none", [], "")
     return x @ matrix

@@ -170,6 +170,7 @@ MODELS = {
     "llama dora": (tiny_llama, {"method": DoRA, "dropout": 0.2}),
     "gpt2 dora": (tiny_gpt2, {"method": DoRA, "targets": ["c_attn", "c_proj"]}),
     "bert dora": (tiny_bert, {"method": DoRA, "rank_pattern": {"query": 2}}),
+    "bert dora biases": (tiny_bert, {"method": DoRA, "train_bias": "lora_only"}),
     "t5 dora": (tiny_t5, {"method": DoRA, "targets": r".*\.(q|v|wi|wo)"}),
     "t5 embeddings": (tiny_t5, {"targets": ["embed_tokens", "q"]}),
 }

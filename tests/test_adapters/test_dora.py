@@ -78,3 +78,21 @@ def test_attaching_names_the_magnitudes():
     attach(model, DoRA(rank=2, alpha=3, targets=["q_proj"]))
     names = {name.rsplit(".", 1)[-1] for name in adapter_parameters(model)}
     assert names == {"lora_a", "lora_b", "magnitude"}
+
+
+def test_norms_stay_exact_under_autocast():
+    layer = DoRALinear(nn.Linear(131, 127), rank=3, alpha=5)
+    nn.init.normal_(layer.lora_b)
+    truth = layer.norms()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.norms(), truth)
+
+
+def test_the_magnitudes_gradient_is_summed_in_its_own_dtype():
+    base = nn.Linear(11, 7, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    layer = DoRALinear(base, rank=3, alpha=5)
+    x = draw(4001, 11, seed=1, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    plain = x.double() @ base.weight.double().T
+    truth = plain.sum(0) / torch.linalg.vector_norm(base.weight.double(), dim=1)
+    assert float((layer.magnitude.grad.double() - truth).abs().max()) < 0.01 * float(plain.abs().sum(0).max())

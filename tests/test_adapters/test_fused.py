@@ -224,9 +224,14 @@ def test_dropout_out_of_range_and_two_dtypes_are_told():
         call(x.float(), weight, a, b)
 
 
+@pytest.mark.parametrize("layout", ["plain", "one number everywhere", "turned"])
 @pytest.mark.parametrize("shape", [(2, 131, 257), (0, 257), (257,)])
-def test_the_fast_product_is_a_product(shape):
+def test_the_fast_product_is_a_product(shape, layout):
     x, matrix = draw(*shape, seed=1, dtype=torch.float32), draw(257, 263, seed=2, dtype=torch.float32)
+    if layout == "one number everywhere":  # the gradient of a sum
+        x = torch.ones(()).expand(shape)
+    if layout == "turned":
+        x, matrix = x.mT.contiguous().mT if x.ndim > 1 else x, matrix.mT.contiguous().mT
     found, truth = times(x, matrix), x.double() @ matrix.double()
     assert found.shape == truth.shape
     if truth.numel():
