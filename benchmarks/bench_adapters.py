@@ -5,8 +5,8 @@
 
 bytes: two Llama layers (512 wide, bfloat16 base, 512 tokens): the storages that autograd keeps, parameters left out.
 steps: an optimizer step (forward, backward, AdamW) on `--model` and on a Llama of 8 layers, 512 wide: LoRA and DoRA of
-    rank 16 on every linear layer, ours and PEFT's, and full fine-tuning; same batch, attention, head and loss (ours, which
-    holds no table of logits: allocating one costs as much as it likes on a busy machine).
+    rank 16 on every linear layer, ours and PEFT's, and full fine-tuning; same batch, attention, head and loss
+    (ours, for all: it holds no table of logits, whose allocation takes now more, now less).
 attach: LoRA on the 252 linear layers of a Llama of 36 layers; saving it, and loading it onto a bare model.
 merge: a bfloat16 base with a moved adapter: how far merging moves the logits, and how many merged weights are the
     rounded sum.

@@ -93,8 +93,8 @@ def close(one, other, tolerance=1e-6):
 
 
 def same_model(model, theirs, options):
-    """The same outputs, where no bias is trained to the bit; DoRA's norms are summed in another order than PEFT's, which
-    float32 shows and float64 tells."""
+    """The same outputs, where no bias is trained to the bit. DoRA's norms are summed in another order than PEFT's:
+    float32 shows it, and float64 that it is nothing else."""
     if not options.get("dora"):
         close(output(model), output(theirs))
         biases = "train_bias" in options or "lora_bias" in options
