@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
-from llmtune.adapters.layer import AdapterLayer, bare_module, plain_linear
+from llmtune.adapters.layer import adapter_chain, bare_module, plain_linear
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
 from llmtune.adapters.trained_copy import TrainedBias
 
@@ -61,7 +61,7 @@ class DoRALinear(LoRALinear):
         lora_bias: must be False: the base's bias is outside of the decomposition.
 
     Attributes:
-        magnitude: m, [out], in `dtype`.
+        magnitude: m, [out], in at least float32 whatever `dtype` is, so that the start is exact.
 
     Raises:
         TypeError: the base has no floating weight, or another adapter already stands there.
@@ -75,6 +75,8 @@ class DoRALinear(LoRALinear):
         True
     """
 
+    reads_weight = True
+
     def __init__(
         self, base: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
         lora_bias: bool = False, initialise: str = "kaiming", dtype: torch.dtype = torch.float32,
@@ -82,10 +84,11 @@ class DoRALinear(LoRALinear):
     ) -> None:  # fmt: skip
         if lora_bias:
             raise ValueError("lora_bias has no place in DoRA, whose bias is outside of the decomposition: leave it out")
-        if isinstance(base, AdapterLayer) and not isinstance(base, TrainedBias):
+        before = next((layer for layer in adapter_chain(base) if not isinstance(layer, TrainedBias)), None)
+        if before is not None:
             raise TypeError(
-                f'DoRA takes the lengths of the bare rows, but adapter "{base.adapter_name}" stands before it: attach '
-                "DoRA first, or detach that one"
+                f'DoRA takes the lengths of the bare rows, but adapter "{before.adapter_name}" stands before it: '
+                "attach DoRA first, or detach that one"
             )
         bare: Any = bare_module(base)
         if not isinstance(getattr(bare, "weight", None), Tensor) or not bare.weight.is_floating_point():
@@ -94,13 +97,13 @@ class DoRALinear(LoRALinear):
             base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, initialise=initialise, dtype=dtype,
             adapter_name=adapter_name,
         )  # fmt: skip
-        self.magnitude = nn.Parameter(self.norms().to(dtype))
+        self.magnitude = nn.Parameter(self.norms())
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Return the lengths of the rows of W + s B A, [out]."""
+        """Return the lengths of the rows of W + s B A, [out], in at least float32."""
         with torch.autocast(self.lora_a.device.type, enabled=False):
-            return row_norms(self.matrix(), self.lora_a, self.lora_b, self.scaling).to(self.lora_a.dtype)
+            return row_norms(self.matrix(), self.lora_a, self.lora_b, self.scaling)
 
     def matrix(self) -> Tensor:
         """Return the bare weight as [out, in]."""
@@ -117,16 +120,26 @@ class DoRALinear(LoRALinear):
                 magnitude=self.magnitude, norm=norm,
             )  # fmt: skip
         result, ratio = self.base(x), self.magnitude / norm
-        bare_bias = self.base.bias if isinstance(self.base, TrainedBias) else self.bias
-        turned = result if bare_bias is None else result - bare_bias
+        turned = result if self.bias is None else result - self._bias()
         change = lora_change(self.dropout(x), self.lora_a, self.lora_b, self.scaling)
         return (result + ((ratio - 1) * turned + ratio * change)).to(result.dtype)
+
+    def _bias(self) -> Tensor:
+        """The bias [out] that the base adds: its own, and what trained biases before this layer make of it."""
+        trained = [layer for layer in adapter_chain(self.base) if layer.takes_part]
+        return self.bias + sum(layer.deltas()["bias"] for layer in trained)
 
     def low_rank(self) -> None:  # type: ignore[override]
         """Return None: the change is of full rank; see `AdapterLayer`."""
 
     def deltas(self) -> dict[str, Tensor]:
-        """Return W' - W as [out, in], or [in, out] where the base keeps it so; see `AdapterLayer`."""
+        """Return W' - W as [out, in], or [in, out] where the base keeps it so; see `AdapterLayer`.
+
+        Raises:
+            ValueError: the layer is merged: W stands no longer there.
+        """
+        if self.merged:
+            raise ValueError(f'adapter "{self.adapter_name}" is merged: what DoRA changes is known again after unmerge')
         wide = torch.promote_types(self.lora_a.dtype, torch.float32)
         weight, a, b = self.matrix().to(wide), self.lora_a.to(wide), self.lora_b.to(wide)
         ratio = self.magnitude.to(wide) / row_norms(weight, a, b, self.scaling)

@@ -11,6 +11,7 @@ The algebra is that of Unsloth's and axolotl's kernels, in plain torch, with bia
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def lora_linear(
         [..., out], in x's dtype (in autocast's, under autocast).
 
     Raises:
-        ValueError: the sizes do not fit each other, dropout_p is out of range, or one of magnitude and norm is missing.
+        ValueError: the sizes do not fit each other, dropout_p or the seed is out of range, or one of magnitude and norm
+            is missing.
 
     >>> import torch
     >>> from llmtune.adapters import lora_linear
@@ -71,8 +73,9 @@ def lora_linear(
 
     Hu et al., "LoRA" (2021), section 4.1; Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (2024), section 4.
     """
-    _check(x, weight, bias, lora_a, lora_b, dropout_p, magnitude, norm)
+    _check(x, weight, bias, lora_a, lora_b, magnitude, norm)
     x, knobs = _prepared(x, lora_a, scaling, dropout_p, seed)
+    norm = None if norm is None else norm.detach()
     if _traced():
         return formula(x, weight, bias, lora_a, lora_b, magnitude, norm, knobs)
     with torch.autocast(x.device.type, enabled=False):
@@ -102,6 +105,9 @@ def lora_added(
 
     Returns:
         [..., out], in the dtype of `result`: the sum is made in the wider of the two and rounded once.
+
+    Raises:
+        ValueError: dropout_p or the seed is out of range.
     """
     x, knobs = _prepared(x, lora_a, scaling, dropout_p, seed)
     if _traced():
@@ -111,6 +117,10 @@ def lora_added(
 
 
 def _prepared(x: Tensor, lora_a: Tensor, scaling: float, p: float, seed: int | None) -> tuple[Tensor, Knobs]:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p must be a probability from 0 to below 1, got {p}")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
     work = lora_a.dtype
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         work = torch.get_autocast_dtype(x.device.type)
@@ -144,12 +154,18 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, weight, bias, a, b, m, norm, kept = ctx.saved_tensors
-        wanted, knobs = ctx.needs_input_grad, ctx.knobs
+        saved = ctx.saved_tensors  # read once: checkpointing gives them out a single time
         if torch.is_grad_enabled():
-            inputs = (x, weight, bias, a, b, m)
-            out = formula(x, weight, bias, a, b, m, norm, knobs)
-            return *_differentiable(out, inputs, d_out, wanted), None, None
+            *inputs, norm, _ = saved
+            wanted, knobs = ctx.needs_input_grad, ctx.knobs
+            found = _differentiable(lambda *aliases: formula(*aliases, norm, knobs), tuple(inputs), d_out, wanted)
+            return *found, None, None
+        with torch.autocast(d_out.device.type, enabled=False):
+            return *_LoRALinear._gradients(saved, d_out, ctx.needs_input_grad, ctx.knobs), None, None
+
+    @staticmethod
+    def _gradients(saved: Any, d_out: Tensor, wanted: tuple[bool, ...], knobs: Knobs) -> tuple[Tensor | None, ...]:
+        x, weight, bias, a, b, m, norm, kept = saved
         d_bias = _rows(d_out).sum(0).to(bias.dtype) if wanted[2] else None
         d_m = None
         if m is not None and norm is not None:
@@ -159,7 +175,7 @@ class _LoRALinear(torch.autograd.Function):
         d_x = times(d_out, weight.to(d_out.dtype)) if wanted[0] else None
         d_weight = (_rows(d_out).T @ _rows(x)).to(weight.dtype) if wanted[1] else None
         d_x, d_a, d_b = _low_rank_gradients(d_out, d_x, x, a, b, (wanted[0], wanted[3], wanted[4]), knobs)
-        return d_x, d_weight, d_bias, d_a, d_b, d_m, None, None
+        return d_x, d_weight, d_bias, d_a, d_b, d_m
 
 
 class _LoRAAdded(torch.autograd.Function):
@@ -175,9 +191,13 @@ class _LoRAAdded(torch.autograd.Function):
         x, a, b = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
-            found = _differentiable(low_rank_change(x, a, b, ctx.knobs).to(d_out.dtype), (x, a, b), d_out, wanted)
-            return d_out, *found, None
-        return d_out, *_low_rank_gradients(d_out, None, x, a, b, wanted, ctx.knobs), None
+
+            def change(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+                return low_rank_change(x, a, b, ctx.knobs).to(d_out.dtype)
+
+            return d_out, *_differentiable(change, (x, a, b), d_out, wanted), None
+        with torch.autocast(d_out.device.type, enabled=False):
+            return d_out, *_low_rank_gradients(d_out, None, x, a, b, wanted, ctx.knobs), None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -218,10 +238,16 @@ def _low_rank_gradients(
 
 
 def _differentiable(
-    out: Tensor, inputs: tuple[Tensor | None, ...], d_out: Tensor, wanted: tuple[bool, ...]
+    plain: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], d_out: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Return the gradients through the plain formula, so that they can be differentiated again."""
-    asked = [x for x, want in zip(inputs, wanted, strict=False) if want and x is not None]
+    """Return the gradients through the plain formula, so that they can be differentiated again.
+
+    They are taken by aliases: one input may have been made from another, and that path is not this function's.
+    """
+    aliases = [x.view_as(x) if x is not None and want else x for x, want in zip(inputs, wanted, strict=False)]
+    asked = [x for x, want in zip(aliases, wanted, strict=False) if want and x is not None]
+    with torch.autocast(d_out.device.type, enabled=False):
+        out = plain(*aliases)
     found = iter(torch.autograd.grad(out, asked, d_out, create_graph=True, allow_unused=True))
     return [next(found) if want and x is not None else None for x, want in zip(inputs, wanted, strict=False)]
 
@@ -232,7 +258,6 @@ def _check(
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
-    p: float,
     m: Tensor | None,
     norm: Tensor | None,
 ) -> None:
@@ -250,5 +275,3 @@ def _check(
     for name, vector in (("bias", bias), ("magnitude", m), ("norm", norm)):
         if vector is not None and tuple(vector.shape) != (out,):
             raise ValueError(f"{name} must be [out] = [{out}], got {tuple(vector.shape)}")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p must be a probability from 0 to below 1, got {p}")

@@ -25,6 +25,8 @@ class AdapterLayer(nn.Module):
         merged: whether its change stands in the base's own parameters at the moment.
     """
 
+    reads_weight = False  # whether what it adds depends on the bare weight, so that nobody may write to that under it
+
     def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
         super().__init__()
         self.base = base
@@ -73,10 +75,14 @@ def bare_module(module: nn.Module) -> nn.Module:
 
 def plain_linear(module: nn.Module) -> nn.Linear | None:
     """Return the module where calling it is F.linear of its weight and bias and nothing else, so that a fused function
-    may do it instead: exactly an `nn.Linear`, with a plain weight and without hooks. Else None."""
-    if type(module) is not nn.Linear or any(
-        getattr(module, hooks)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    may do it instead: exactly an `nn.Linear`, with a plain weight, without hooks, its forward its own. Else None."""
+    if (
+        type(module) is not nn.Linear
+        or "forward" in module.__dict__
+        or any(
+            getattr(module, hooks)
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        )
     ):
         return None
     everywhere = nn.modules.module

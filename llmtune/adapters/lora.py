@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_added, lora_linear
 from llmtune.adapters.layer import AdapterLayer, bare_module, plain_linear
 
@@ -44,6 +45,8 @@ class LowRankLayer(AdapterLayer):
             raise ValueError(
                 f"the rank must be between 1 and {largest}, the smaller side of {columns} -> {rows}; got {rank}"
             )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability from 0 to below 1; got {dropout!r}")
         if initialise not in INITIALISATIONS:
             raise ValueError(f"initialise must be one of {', '.join(INITIALISATIONS)}; got {initialise!r}")
         device = next((p.device for p in bare_module(base).parameters()), torch.device("cpu"))
@@ -157,13 +160,15 @@ class LoRALinear(LowRankLayer):
         if not self.takes_part:
             return self.base(x)
         plain, p = plain_linear(self.base), self.drop_p()
+        if self.lora_bias is not None:
+            result = self.base(x)
+            change = lora_change(self.dropout(x), self.lora_a, self.lora_b, self.scaling)
+            return (result + (change + self.scaling * self.lora_bias)).to(result.dtype)
         if plain is not None:
-            out = lora_linear(
+            return lora_linear(
                 x, plain.weight, plain.bias, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=p
             )  # fmt: skip
-        else:
-            out = lora_added(self.base(x), x, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=p)
-        return out if self.lora_bias is None else (out + self.scaling * self.lora_bias).to(out.dtype)
+        return lora_added(self.base(x), x, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=p)
 
 
 class LoRAConv1D(LoRALinear):

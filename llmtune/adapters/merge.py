@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmtune.adapters.attach import adapter_layers, detach, record_of
 from llmtune.adapters.layer import AdapterLayer, bare_module, bare_named_parameters, named_places
 from llmtune.adapters.report import MergeReport
-from llmtune.adapters.trained_copy import TrainedCopy
+from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 from llmtune.modules import unwrap
 
 Place = tuple[nn.Module, str]  # a bare module and the local name of one of its parameters or buffers
@@ -120,8 +120,18 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
 def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place, Any]:
     """Return for each parameter a function that gives its merged value in float32, all checked."""
     by_place: dict[Place, list[tuple[AdapterLayer, str]]] = defaultdict(list)
+    readers = {
+        id(bare_module(layer)): layer.adapter_name
+        for layer in adapter_layers(model)
+        if layer.reads_weight and not layer.merged and layer.adapter_name != name
+    }
     for layer in dict.fromkeys(adapter_layers(model, name)):
         bare = bare_module(layer)
+        if id(bare) in readers and not isinstance(layer, TrainedBias):
+            raise ValueError(
+                f'adapter "{readers[id(bare)]}" (DoRA) is made for the weights as they are, and "{name}" would change '
+                f'them under it: merge "{readers[id(bare)]}" first'
+            )
         for local, delta in layer.deltas().items():
             place = _place(bare, local)
             if place not in names:

@@ -22,9 +22,9 @@ def seeded_dropout(x: Tensor, p: float, seed: int) -> Tensor:
     Returns:
         A new tensor of x's shape and dtype; x itself where p is 0.
     """
-    below = round(p * _STEPS)
-    if below == 0:
+    if p == 0.0:
         return x
+    below = min(max(round(p * _STEPS), 1), _STEPS - 1)
     generator = torch.Generator(x.device).manual_seed(seed)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     draws.random_(-(2**63), None, generator=generator)

@@ -149,7 +149,7 @@ def _choose(case: AttentionCase) -> BackendChoice:
     """The first backend that takes the case and is worth it there; every rule gives its reason."""
     no_sdpa = sdpa.refusal(case)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        if no_sdpa is None and not (case.return_lse or case.sinks is not None):
+        if no_sdpa is None and not (case.return_lse or case.sinks is not None or case.bias_is_learned()):
             return BackendChoice("sdpa", "torch.compile or torch.func can trace it")
         return BackendChoice("reference", "torch.compile or torch.func can trace it")
     if case.scores < SMALL:

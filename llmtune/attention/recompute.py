@@ -97,6 +97,8 @@ def _differentiable(
             f"a second derivative was asked for through attention with dropout_p={job.dropout_p}, which only "
             'backend="reference" can give'
         )
+    # By aliases: one input may be another, or made from it, and that path is not this function's.
+    inputs = tuple(x.view_as(x) if x is not None and want else x for x, want in zip(inputs, wanted, strict=True))
     query, key, value, bias = inputs
     assert query is not None
     assert key is not None

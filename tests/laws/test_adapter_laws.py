@@ -47,6 +47,16 @@ def test_layers_keep_the_laws(name):
     check_adapter(LAYERS[name], exempt=["norm held constant"] if "dora" in name else [])
 
 
+class DoRAThatDropsGradient(DoRALinear):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+def test_an_exemption_is_for_the_tensors_it_names_only():
+    with pytest.raises(LawBroken, match="along a random direction the input has slope"):
+        check_adapter(partial(DoRAThatDropsGradient, rank=3, alpha=5), exempt=["norm held constant"])
+
+
 def test_only_known_exemptions_are_granted():
     with pytest.raises(ValueError, match='there is no exemption "true gradients", only norm held constant'):
         check_adapter(LAYERS["lora"], exempt=["true gradients"])

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from llmtune.adapters import DoRA, DoRALinear, LoRALinear, adapter_parameters, attach, row_norms
+from llmtune.adapters import (
+    DoRA,
+    DoRALinear,
+    LoRA,
+    LoRALinear,
+    TrainedBias,
+    adapter_parameters,
+    attach,
+    merge,
+    row_norms,
+)
 from llmtune.testing.models import tiny_llama
 
 
@@ -96,3 +106,56 @@ def test_the_magnitudes_gradient_is_summed_in_its_own_dtype():
     plain = x.double() @ base.weight.double().T
     truth = plain.sum(0) / torch.linalg.vector_norm(base.weight.double(), dim=1)
     assert float((layer.magnitude.grad.double() - truth).abs().max()) < 0.01 * float(plain.abs().sum(0).max())
+
+
+def moved(model, name):
+    with torch.no_grad():
+        for i, parameter in enumerate(adapter_parameters(model, name).values()):
+            parameter.add_(0.2 * draw(*parameter.shape, seed=i).to(parameter.dtype))
+
+
+IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def test_nothing_is_merged_into_the_weights_under_dora():
+    model = tiny_llama().double()
+    attach(model, DoRA(rank=2, alpha=3, targets=["q_proj"]), "a")
+    attach(model, LoRA(rank=2, alpha=3, targets=["q_proj", "v_proj"]), "b")
+    for name in ("a", "b"):
+        moved(model, name)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        with pytest.raises(ValueError, match=r'"a" \(DoRA\) is made for the weights as they are.*merge "a" first'):
+            merge(model, "b")
+        assert torch.equal(model(input_ids=IDS).logits, before)
+        for name in ("a", "b"):
+            merge(model, name)
+            torch.testing.assert_close(model(input_ids=IDS).logits, before, rtol=1e-5, atol=1e-5)
+        layer = model.model.layers[0].self_attn.q_proj.base
+        with pytest.raises(ValueError, match='adapter "a" is merged: what DoRA changes is known again after unmerge'):
+            layer.deltas()
+
+
+def test_trained_biases_before_dora_add_up_and_hide_no_other_adapter():
+    base = nn.Linear(11, 7, dtype=torch.float64).requires_grad_(False)
+    chain = TrainedBias(TrainedBias(base, adapter_name="a"), adapter_name="b")
+    layer = DoRALinear(chain, rank=3, alpha=5, dtype=torch.float64, adapter_name="b")
+    x = draw(5, 11, seed=1)
+    assert torch.equal(layer(x), base(x))
+    with torch.no_grad():
+        for i, p in enumerate((layer.lora_b, layer.magnitude, chain.trained_bias, chain.base.trained_bias)):
+            p.add_(draw(*p.shape, seed=i))
+    bias = base.bias + sum(one.deltas()["bias"] for one in (chain, chain.base))
+    torch.testing.assert_close(layer(x), x @ (base.weight + layer.deltas()["weight"]).T + bias)
+    inner = LoRALinear(base, rank=3, alpha=5, adapter_name="a")
+    with pytest.raises(TypeError, match='adapter "a" stands before it: attach DoRA first'):
+        DoRALinear(TrainedBias(inner, adapter_name="b"), rank=3, alpha=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_an_untrained_dora_changes_no_weight(dtype):
+    model = tiny_llama()
+    weights = [p.clone() for p in model.parameters()]
+    attach(model, DoRA(rank=2, alpha=3, dtype=dtype))
+    merge(model, keep_base=False)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llmtune.adapters import LoRA, LoRALinear, attach, lora_linear
+from llmtune.adapters import DoRALinear, LoRA, LoRALinear, attach, lora_linear
 from llmtune.adapters.fused import lora_added
 from llmtune.adapters.products import times
 from llmtune.adapters.seeded_dropout import seeded_dropout
@@ -237,3 +237,67 @@ def test_the_fast_product_is_a_product(shape, layout):
     if truth.numel():
         assert float((found - truth).abs().max() / truth.abs().max()) < 2e-6
         assert float((found - x @ matrix).abs().max() / truth.abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_layer_applied_twice_can_be_differentiated_twice(kind, hooked):
+    """Its second input is made from its first, so a derivative that is total instead of partial counts twice."""
+    base = nn.Linear(IN, IN, dtype=torch.float64).requires_grad_(False)
+    if hooked:
+        base.register_forward_hook(lambda module, args, out: None)
+    layer = kind(base, rank=R, alpha=2, dtype=torch.float64)
+    nn.init.normal_(layer.lora_b)
+    x = draw(5, IN, seed=1)
+    leaves = [layer.lora_a, layer.lora_b]
+    once, again = (
+        torch.autograd.grad(layer(layer(x)).square().sum(), leaves, create_graph=graph) for graph in (False, True)
+    )
+    for a, b in zip(once, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_forward_put_onto_the_base_is_called():
+    base = nn.Linear(IN, OUT)
+    base.forward = lambda x: 2 * F.linear(x, base.weight, base.bias)  # as accelerate puts its hooks
+    x = draw(5, IN, seed=1, dtype=torch.float32)
+    for kind in (LoRALinear, DoRALinear):
+        assert torch.equal(kind(base, rank=R, alpha=2)(x), base(x))
+
+
+def test_no_gradient_goes_through_the_norm_on_any_way():
+    x, weight, _, a, b, m, _ = (t.detach() for t in tensors())
+
+    def total(a):
+        norm = torch.linalg.vector_norm(weight + b @ a, dim=1)
+        return call(x, weight, a, b, magnitude=m, norm=norm, p=0.0).square().sum()
+
+    leaf = a.clone().requires_grad_()
+    truth = torch.autograd.grad(total(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(total)(a), truth)
+    torch.testing.assert_close(torch.autograd.grad(total(leaf), leaf, create_graph=True)[0], truth)
+
+
+def test_backward_may_run_inside_autocast():
+    layer = LoRALinear(nn.Linear(131, 127).requires_grad_(False), rank=R, alpha=2)
+    x = draw(257, 131, seed=1, dtype=torch.float32).requires_grad_()
+    out = layer(x).square().sum()
+    truth = torch.autograd.grad(out, x, retain_graph=True)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(out, x)[0], truth)
+
+
+@pytest.mark.parametrize(("p", "seed", "message"), [(-0.5, 1, "dropout_p must be"), (0.5, -3, "seed must be from 0")])
+def test_dropout_that_means_nothing_is_told(p, seed, message):
+    x, weight, _, a, b, _, _ = (t.detach() for t in tensors())
+    with pytest.raises(ValueError, match=message):
+        lora_linear(x, weight, None, a, b, scaling=1.0, dropout_p=p, seed=seed)
+    with pytest.raises(ValueError, match=message):
+        lora_added(x @ weight.T, x, a, b, scaling=1.0, dropout_p=p, seed=seed)
+
+
+def test_dropout_next_to_0_and_1_acts():
+    assert int((seeded_dropout(torch.ones(1_000_003), 1e-9, 3) == 0).sum()) < 60
+    assert bool(seeded_dropout(torch.ones(101), 1 - 1e-9, 3).isfinite().all())
+    with pytest.raises(ValueError, match="dropout must be a probability"):
+        LoRALinear(nn.Linear(IN, OUT), rank=R, alpha=2, dropout=1.0)

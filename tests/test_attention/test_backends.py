@@ -392,3 +392,22 @@ def test_a_mask_changed_before_the_backward_pass_is_noticed():
 def test_tensors_on_the_meta_device_give_shapes():
     query, key, value = (x.detach().to("meta") for x in inputs(D))
     assert scaled_dot_product_attention(query, key, value, mask=Causal()).shape == (B, H, T, D)
+
+
+@pytest.mark.parametrize("backend", ["packed", "windowed", "chunked"])
+def test_one_tensor_for_all_three_can_be_differentiated_twice(backend):
+    x = draw(1, 2, 7, 5).requires_grad_()
+    found = []
+    for name in (backend, "reference"):
+        out = scaled_dot_product_attention(x, x, x, mask=Causal(), backend=name)
+        found += torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(*found)
+
+
+def test_torch_func_with_a_learned_bias():
+    bias = draw(7, 7, seed=3).requires_grad_()
+    query, key, value = (draw(1, 2, 7, 5, seed=i) for i in range(3))
+    found = torch.func.grad(lambda q: scaled_dot_product_attention(q, key, value, bias=bias).sum())(query)
+    leaf = query.clone().requires_grad_()
+    out = scaled_dot_product_attention(leaf, key, value, bias=bias, backend="reference")
+    torch.testing.assert_close(found, torch.autograd.grad(out.sum(), leaf)[0])
