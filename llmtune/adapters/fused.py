@@ -12,6 +12,7 @@ The algebra is that of Unsloth's and axolotl's kernels, in plain torch, with bia
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,7 +159,8 @@ class _LoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             *inputs, norm, _ = saved
             wanted, knobs = ctx.needs_input_grad, ctx.knobs
-            found = _differentiable(lambda *aliases: formula(*aliases, norm, knobs), tuple(inputs), d_out, wanted)
+            plain = partial(formula, norm=norm, knobs=knobs)
+            found = _differentiable(plain, tuple(inputs), d_out, wanted)
             return *found, None, None
         with torch.autocast(d_out.device.type, enabled=False):
             return *_LoRALinear._gradients(saved, d_out, ctx.needs_input_grad, ctx.knobs), None, None
