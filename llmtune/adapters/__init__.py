@@ -9,10 +9,12 @@ from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 
 __all__ = [
+    "AdapterConfig",
     "AdapterLayer",
     "AttachReport",
     "DoRA",

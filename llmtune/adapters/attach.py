@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from llmtune.adapters.config import LoRA
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_named_parameters, named_places
-from llmtune.adapters.plan import plan_lora
+from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport
 from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
@@ -32,20 +31,20 @@ class Record:
         kept: for each of these, what `unmerge` puts back.
     """
 
-    configs: dict[str, LoRA] = field(default_factory=dict)
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
     flags: dict[str, dict[str, bool]] = field(default_factory=dict)
     merged: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
 
 
-def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachReport:
+def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> AttachReport:
     """Put an adapter onto a model and freeze everything else, earlier adapters included.
 
     The model's output is the same to the bit until the adapter is trained. Earlier adapters stay active.
 
     Args:
         model: any module; it is changed in place.
-        config: what to adapt, a `LoRA`.
+        config: what to adapt and how: a `LoRA`, or the record of another method.
         name: the adapter's name: letters, digits, "_", "-" and ".".
 
     Returns:
@@ -54,8 +53,8 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachRepor
     Raises:
         ValueError: the name is taken or not allowed; a pattern matches nothing; a rank is larger than its layer; the
             root itself is a target. The model is then as it was.
-        TypeError: a target is of a kind that cannot be adapted, or the model is inside DistributedDataParallel already,
-            which would not see the new parameters.
+        TypeError: `config` is no record; a target is of a kind that cannot be adapted; or the model is inside
+            DistributedDataParallel already, which would not see the new parameters.
 
     Example:
         >>> from llmtune.adapters import LoRA, attach
@@ -66,10 +65,12 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> AttachRepor
     """
     if isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel):
         raise TypeError("DistributedDataParallel does not see parameters that come later: attach first, then wrap")
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"attach needs a record such as LoRA(rank=8, alpha=16); got {config!r}")
     model = unwrap(model)
     record = _record(model)
     _check_name(model, name, record)
-    plan = plan_lora(model, config, name)
+    plan = config.plan(model, name)
     before = dict(named_places(model))
     after = dict(before)
     for place, build in plan.builders:  # several at one place go around each other

@@ -5,18 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor, nn
 
 from llmtune.adapters.lora import INITIALISATIONS
+from llmtune.adapters.lora_plan import check_same_scaling, plan_lora
+from llmtune.adapters.peft_config import config_of, read_lora
+from llmtune.adapters.plan import Plan
+from llmtune.adapters.record import (
+    AdapterConfig,
+    Targets,
+    check_dtype,
+    check_names,
+    check_positive,
+    check_probability,
+    check_whole,
+)
 from llmtune.errors import did_you_mean
-
-Targets = str | Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
+class LoRA(AdapterConfig):
     """LoRA on chosen modules of a model; see `LoRALinear` for the formula.
 
     Args:
@@ -55,18 +67,19 @@ class LoRA:
     train_modules: Sequence[str] = ()
     dtype: torch.dtype = torch.float32
 
+    peft_type: ClassVar[str] = "LORA"
+    decomposes: ClassVar[bool] = False  # whether rows get lengths of their own: DoRA
+
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))  # what the caller does to theirs changes nothing
         for name, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1; got {rank!r}")
-        alphas = (("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()))
-        for name, alpha in alphas:
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-                raise ValueError(f"{name} must be a number above 0; got {alpha!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a probability from 0 to below 1; got {self.dropout!r}")
+            check_whole(name, rank)
+        for name, alpha in (
+            ("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())
+        ):  # fmt: skip
+            check_positive(name, alpha)
+        check_probability("dropout", self.dropout)
         if self.initialise not in INITIALISATIONS:
             known = ", ".join(f'"{name}"' for name in INITIALISATIONS)
             raise ValueError(
@@ -75,27 +88,33 @@ class LoRA:
             )
         if self.train_bias not in ("none", "lora_only", "all"):
             raise ValueError(f'train_bias must be "none", "lora_only" or "all"; got {self.train_bias!r}')
-        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating torch dtype; got {self.dtype!r}")
-        self._check_names()
-
-    def _check_names(self) -> None:
-        if isinstance(self.train_modules, str):
-            raise TypeError(f"train_modules must be a list of suffixes; got the string {self.train_modules!r}")
-        for name, value in (("targets", self.targets), ("exclude", self.exclude)):
-            try:
-                re.compile(value) if isinstance(value, str) else [re.compile(part) for part in value]
-            except (TypeError, re.error) as error:
-                raise ValueError(
-                    f"{name} must be suffixes or one regular expression; got {value!r}: {error}"
-                ) from error
+        check_dtype(self.dtype)
+        check_names(self.targets, self.exclude, self.train_modules)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
-        if not self.targets and not self.train_modules:
-            raise ValueError('targets names no module: give suffixes, a regular expression, or "all-linear"')
+
+    def plan(self, model: nn.Module, name: str) -> Plan:
+        """Work out the layers; see `AdapterConfig.plan`."""
+        return plan_lora(model, self, name)
+
+    def file_entries(self, model: nn.Module, name: str) -> dict[str, Any]:
+        """Return PEFT's entries; see `AdapterConfig.file_entries`."""
+        return config_of(model, self, name)
+
+    @classmethod
+    def from_file(
+        cls, entries: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> tuple[LoRA, tuple[str, ...]]:
+        """Return a LoRA or DoRA record; see `AdapterConfig.from_file`."""
+        return read_lora(DoRA if entries.get("use_dora") else LoRA, entries, model, tensors)
+
+    def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
+        """Raise where the attached adapter scales otherwise; see `AdapterConfig.check_attached`."""
+        super().check_attached(model, name, attached, source=source)
+        check_same_scaling(model, self, name, source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +127,8 @@ class DoRA(LoRA):
     Raises:
         ValueError, TypeError: as `LoRA`, and where `lora_bias` is asked for.
     """
+
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
-from llmtune.adapters.layer import adapter_chain, bare_module, plain_linear
+from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, plain_linear
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
-from llmtune.adapters.trained_copy import TrainedBias
+from llmtune.adapters.trained_copy import check_first
 
 
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
@@ -84,12 +84,7 @@ class DoRALinear(LoRALinear):
     ) -> None:  # fmt: skip
         if lora_bias:
             raise ValueError("lora_bias has no place in DoRA, whose bias is outside of the decomposition: leave it out")
-        before = next((layer for layer in adapter_chain(base) if not isinstance(layer, TrainedBias)), None)
-        if before is not None:
-            raise TypeError(
-                f'DoRA takes the lengths of the bare rows, but adapter "{before.adapter_name}" stands before it: '
-                "attach DoRA first, or detach that one"
-            )
+        check_first(base, "DoRA")
         bare: Any = bare_module(base)
         if not isinstance(getattr(bare, "weight", None), Tensor) or not bare.weight.is_floating_point():
             raise TypeError(f"DoRA needs a base with a floating weight; {type(bare).__name__} has none")
@@ -128,6 +123,10 @@ class DoRALinear(LoRALinear):
         """The bias [out] that the base adds: its own, and what trained biases before this layer make of it."""
         trained = [layer for layer in adapter_chain(self.base) if layer.takes_part]
         return self.bias + sum(layer.deltas()["bias"] for layer in trained)
+
+    def file_tensors(self, place: str) -> dict[str, Tensor]:
+        """Return PEFT's names and the tensors; see `AdapterLayer`."""
+        return super().file_tensors(place) | {f"{PREFIX}{place}.lora_magnitude_vector": self.magnitude}
 
     def low_rank(self) -> None:  # type: ignore[override]
         """Return None: the change is of full rank; see `AdapterLayer`."""

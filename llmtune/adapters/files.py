@@ -10,24 +10,20 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.attach import adapter_layers, adapter_names, attach, detach, record_of
-from llmtune.adapters.config import LoRA
-from llmtune.adapters.dora import DoRALinear
-from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
-from llmtune.adapters.lora import LoRAEmbedding, LowRankLayer, lora_scaling
-from llmtune.adapters.peft_config import config_of, read_config
+from llmtune.adapters.attach import adapter_names, attach, detach, record_of
+from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, named_places
+from llmtune.adapters.record import METHODS, OWN_TYPE, PEFT_TYPES, AdapterConfig
 from llmtune.adapters.report import LoadReport
-from llmtune.adapters.targets import pattern_value
-from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
+from llmtune.adapters.trained_copy import TrainedBias
 from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
@@ -54,7 +50,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: gather the model's shards before saving")
-    described = json.dumps(config_of(model, config, name), indent=2)
+    described = json.dumps(config.file_entries(model, name), indent=2)
     folder = Path(folder) if name == "default" else Path(folder) / name
     folder.mkdir(parents=True, exist_ok=True)
     temporary = [folder / f".{file}.{os.getpid()}.tmp" for file in (WEIGHTS, CONFIG)]
@@ -99,7 +95,11 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
             raise FileNotFoundError(f"{folder} holds no {file}: give the folder that an adapter was saved into.{hint}")
     tensors = load_file(folder / WEIGHTS)
     fresh = name not in adapter_names(model)
-    config, unmatched = read_config(folder / CONFIG, model, _dtype(tensors))
+    entries = _read_entries(folder / CONFIG)
+    try:
+        config, unmatched = _method(entries).from_file(entries, model, tensors)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     if fresh:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):  # what attaching draws is overwritten
@@ -107,7 +107,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
     elif name in record_of(model, name).merged:
         raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before loading into it')
     else:
-        _check_same_scaling(model, name, config, source=folder)
+        config.check_attached(model, name, record_of(model, name).configs[name], source=folder)
     try:
         report = _fill(model, name, tensors, strict=strict, source=folder)
     except BaseException:
@@ -130,22 +130,6 @@ def _folder_of(folder: Path, name: str) -> Path:
             f"{did_you_mean(name, others)} To load one under another name, give its own folder"
         )
     return folder
-
-
-def _check_same_scaling(model: nn.Module, name: str, config: LoRA, *, source: Path) -> None:
-    """Raise where the file's tensors would be scaled otherwise than they were trained; another rank shows in shapes."""
-    for place, module in named_places(model):
-        for layer in adapter_chain(module):
-            if layer.adapter_name != name or not isinstance(layer, LowRankLayer):
-                continue
-            rank = pattern_value(place, config.rank_pattern, config.rank)
-            alpha = pattern_value(place, config.alpha_pattern, config.alpha)
-            wanted = lora_scaling(alpha, rank, config.rslora)
-            if rank == layer.rank and wanted != layer.scaling:
-                raise ValueError(
-                    f'the adapter in {source} scales {place} by {wanted:g}, the attached "{name}" by '
-                    f"{layer.scaling:g}: detach it first, and loading attaches what the file describes"
-                )
 
 
 def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], *, strict: bool, source: Path) -> LoadReport:
@@ -179,43 +163,47 @@ def _is_base_weight(model: nn.Module, key: str, tensor: Tensor) -> bool:
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the adapter's parameters by PEFT's names; with train_bias="all" a tied bias by each of its names."""
+    """Return the adapter's tensors by PEFT's names; with train_bias="all" a tied bias by each of its names."""
     found: dict[str, Tensor] = {}
     biases: dict[int, list[str]] = {}
-    if record_of(model, name).configs[name].train_bias == "all":
+    if getattr(record_of(model, name).configs[name], "train_bias", "none") == "all":
         for place, module in named_places(model):
             bias = bare_module(module)._parameters.get("bias")
             if bias is not None:
                 biases.setdefault(id(bias), []).append(f"{PREFIX}{place}.bias")
-    low_rank = {id(bare_module(layer)) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)}
     for place, module in named_places(model):
-        layer = module
-        while isinstance(layer, AdapterLayer):
-            if layer.adapter_name == name:
-                found |= _layer_tensors(PREFIX + place, layer, under_lora=id(bare_module(layer)) in low_rank)
-                if isinstance(layer, TrainedBias):
-                    others = biases.get(id(bare_module(layer)._parameters["bias"]), [])
-                    found |= {key: layer.trained_bias for key in others if key != f"{PREFIX}{place}.bias"}
-            layer = layer.base
+        layers = [layer for layer in adapter_chain(module) if layer.adapter_name == name]
+        for layer in layers:
+            tensors = layer.file_tensors(place)
+            if isinstance(layer, TrainedBias):
+                others = biases.get(id(bare_module(layer)._parameters["bias"]), [])
+                tensors |= dict.fromkeys(others, layer.trained_bias)
+                if any(not isinstance(other, TrainedBias) for other in layers):  # PEFT has wrapped this module as well
+                    tensors[f"{PREFIX}{place}.base_layer.bias"] = tensors.pop(f"{PREFIX}{place}.bias")
+            found |= tensors
     return found
 
 
-def _layer_tensors(prefix: str, layer: AdapterLayer, *, under_lora: bool) -> dict[str, Tensor]:
-    if isinstance(layer, LoRAEmbedding):
-        return {f"{prefix}.lora_embedding_A": layer.lora_a, f"{prefix}.lora_embedding_B": layer.lora_b}
-    if isinstance(layer, LowRankLayer):
-        found: dict[str, Tensor] = {f"{prefix}.lora_A.weight": layer.lora_a, f"{prefix}.lora_B.weight": layer.lora_b}
-        if layer.lora_bias is not None:
-            found[f"{prefix}.lora_B.bias"] = layer.lora_bias
-        if isinstance(layer, DoRALinear):
-            found[f"{prefix}.lora_magnitude_vector"] = layer.magnitude
-        return found
-    if isinstance(layer, TrainedBias):
-        return {f"{prefix}.base_layer.bias" if under_lora else f"{prefix}.bias": layer.trained_bias}
-    assert isinstance(layer, TrainedCopy)
-    return {f"{prefix}.{local}": value for local, value in layer.copy.state_dict(keep_vars=True).items()}
+def _read_entries(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {type(error).__name__}: {error}") from error
+    if not isinstance(read, dict) or "peft_type" not in read:
+        raise ValueError(f'{path} is no adapter configuration: it must be a JSON object with "peft_type"')
+    return read
 
 
-def _dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    low_rank = [tensor.dtype for key, tensor in tensors.items() if ".lora_" in key]
-    return low_rank[0] if low_rank else torch.float32
+def _method(entries: dict[str, Any]) -> type[AdapterConfig]:
+    """Return the record that a file's entries are for; a name in a file is looked up, never imported."""
+    kind = entries["peft_type"]
+    if kind == OWN_TYPE:
+        known, wanted, what = METHODS, str(entries.get("method")), '"method"'
+    else:
+        known, wanted, what = PEFT_TYPES, str(kind), '"peft_type"'
+    if wanted not in known:
+        raise ValueError(
+            f"{what} is {wanted!r}, which is not known here; known are {', '.join(sorted(known))}."
+            f"{did_you_mean(wanted, known)}"
+        )
+    return known[wanted]

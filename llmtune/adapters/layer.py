@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from llmtune.modules import unwrap
 
+PREFIX = "base_model.model."  # what PEFT puts before a module's name in its files
+
 
 class AdapterLayer(nn.Module):
     """A module that stands in the place of `base`.
@@ -64,6 +66,18 @@ class AdapterLayer(nn.Module):
         """Return (left, right, scaling) with `deltas()["weight"] == scaling * left @ right`, or None where there is no
         such form. left [rows, r] and right [r, columns] are views of the trained tensors and carry gradient."""
         return None
+
+    def file_tensors(self, place: str) -> dict[str, Tensor]:
+        """Return this layer's tensors by the names they have in a file of adapters.
+
+        Loading copies into them, so they are the layer's own, or views of them; they carry "base_model.model." before
+        the place, as PEFT has it.
+
+        Args:
+            place: the bare name of the module adapted.
+        """
+        own = {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+        return {f"{PREFIX}{place}.{name}": parameter for name, parameter in own.items()}
 
 
 def bare_module(module: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_added, lora_linear
-from llmtune.adapters.layer import AdapterLayer, bare_module, plain_linear
+from llmtune.adapters.layer import PREFIX, AdapterLayer, bare_module, plain_linear
 
 INITIALISATIONS = ("kaiming", "gaussian")
 
@@ -93,6 +93,16 @@ class LowRankLayer(AdapterLayer):
         found = {"weight": scaling * (left.to(wide) @ right.to(wide))}
         if self.lora_bias is not None:
             found["bias"] = scaling * self.lora_bias.to(wide)
+        return found
+
+    def file_tensors(self, place: str) -> dict[str, Tensor]:
+        """Return PEFT's names and the tensors; see `AdapterLayer`."""
+        found: dict[str, Tensor] = {
+            f"{PREFIX}{place}.lora_A.weight": self.lora_a,
+            f"{PREFIX}{place}.lora_B.weight": self.lora_b,
+        }
+        if self.lora_bias is not None:
+            found[f"{PREFIX}{place}.lora_B.bias"] = self.lora_bias
         return found
 
     def extra_repr(self) -> str:
@@ -241,6 +251,11 @@ class LoRAEmbedding(LowRankLayer):
             base, bare.num_embeddings, bare.embedding_dim, rank=rank, alpha=alpha, dropout=0.0, rslora=rslora,
             lora_bias=False, initialise=initialise, dtype=dtype, adapter_name=adapter_name,
         )  # fmt: skip
+
+    def file_tensors(self, place: str) -> dict[str, Tensor]:
+        """Return PEFT's names and the tensors; see `AdapterLayer`."""
+        start = f"{PREFIX}{place}.lora_embedding_"
+        return {f"{start}A": self.lora_a, f"{start}B": self.lora_b}
 
     def start(self, initialise: str) -> None:
         """Set A to zero and draw B."""

@@ -129,10 +129,13 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place
         bare = bare_module(layer)
         if id(bare) in readers and not isinstance(layer, TrainedBias):
             raise ValueError(
-                f'adapter "{readers[id(bare)]}" (DoRA) is made for the weights as they are, and "{name}" would change '
+                f'adapter "{readers[id(bare)]}" is made for the weights as they are, and "{name}" would change '
                 f'them under it: merge "{readers[id(bare)]}" first'
             )
-        for local, delta in layer.deltas().items():
+        deltas = layer.deltas()
+        if not deltas:
+            raise ValueError(f'adapter "{name}" is no change of weights, so it cannot be merged into them')
+        for local, delta in deltas.items():
             place = _place(bare, local)
             if place not in names:
                 raise ValueError(f'adapter "{name}" trains a {local} where the base {type(bare).__name__} has none')

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers
-from llmtune.adapters.config import DoRA, LoRA, Targets
 from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.lora import LowRankLayer
+from llmtune.adapters.record import Targets
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
 from llmtune.adapters.trained_copy import TrainedCopy
+
+if TYPE_CHECKING:
+    from llmtune.adapters.config import LoRA
 
 # What PEFT writes for a plain LoRA beside the entries that a record decides. Another value than these asks for a method
 # or an option that is not offered here, and is refused by name.
@@ -75,46 +77,37 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "revision": None,
         "target_modules": _written_targets(model, config, name),
         "task_type": task,
-        "use_dora": isinstance(config, DoRA),
+        "use_dora": config.decomposes,
         "use_rslora": config.rslora,
     }
     return dict(sorted(entries.items()))
 
 
-def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> tuple[LoRA, tuple[str, ...]]:
-    """Return the LoRA record that a PEFT configuration describes on a model, and the patterns in it that mean nothing
-    there.
+def read_lora(
+    make: type[LoRA], read: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[LoRA, tuple[str, ...]]:
+    """Return the LoRA record that PEFT's entries describe on a model, and the patterns in them that mean nothing there.
 
     PEFT's own files hold such patterns ("classifier" and "score" for every classifier), so they are left out here and
     reported; the tensors tell whether anything is amiss.
 
     Args:
-        path: the `adapter_config.json`.
+        make: LoRA or DoRA.
+        read: the entries of `adapter_config.json`.
         model: the model it is for; PEFT's modules_to_save are ends of names, "norm" being an end of "layernorm" too.
-        dtype: of the adapter's tensors; the configuration does not tell it.
+        tensors: the adapter's; they tell the dtype, which the entries do not.
 
     Raises:
-        ValueError: the file is no JSON object, is of another method, or asks for an option that is not offered here.
+        ValueError: the entries ask for an option that is not offered here.
     """
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {type(error).__name__}: {error}") from error
-    if not isinstance(read, dict) or "peft_type" not in read:
-        raise ValueError(f'{path} is no adapter configuration: it must be a JSON object with "peft_type"')
-    if read["peft_type"] != "LORA":
-        raise ValueError(f'{path}: "peft_type" is {read["peft_type"]!r}; only "LORA" is read here')
-    for key, value in read.items():
-        unset = value is None or value is False or (isinstance(value, dict | list) and not value)
-        if key not in OWN | ASIDE and not unset and (key not in PLAIN or value != PLAIN[key]):
-            raise ValueError(f"{path}: {key}={json.dumps(value)} asks for something that is not offered here")
+    check_entries(read, OWN, PLAIN)
     start = read.get("init_lora_weights", True)
     if start not in STARTS:
         raise ValueError(
-            f"{path}: init_lora_weights={start!r} changed the base weights, which are not in the file. Convert the "
+            f"init_lora_weights={start!r} changed the base weights, which are not in the file. Convert the "
             "adapter to a plain LoRA with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
-    config = (DoRA if read.get("use_dora") else LoRA)(
+    config = make(
         rank=read.get("r", 8),
         alpha=read.get("lora_alpha", 8),
         targets=_names(read.get("target_modules") or ()),
@@ -127,9 +120,26 @@ def read_config(path: Path, model: nn.Module, dtype: torch.dtype) -> tuple[LoRA,
         rank_pattern=read.get("rank_pattern") or {},
         alpha_pattern=read.get("alpha_pattern") or {},
         train_modules=tuple(read.get("modules_to_save") or ()),
-        dtype=dtype,
+        dtype=next((tensor.dtype for key, tensor in tensors.items() if ".lora_" in key), torch.float32),
     )
     return _fitted(config, model)
+
+
+def check_entries(read: Mapping[str, Any], own: Collection[str], plain: Mapping[str, Any]) -> None:
+    """Raise where PEFT's entries ask for what a record cannot say.
+
+    Args:
+        read: the entries of a file.
+        own: the keys that the record takes over.
+        plain: other keys, each with the one value that asks for nothing.
+
+    Raises:
+        ValueError: any other key or value that is set; names it.
+    """
+    for key, value in read.items():
+        unset = value is None or value is False or (isinstance(value, dict | list) and not value)
+        if key not in ASIDE and key not in own and not unset and (key not in plain or value != plain[key]):
+            raise ValueError(f"{key}={json.dumps(value)} asks for something that is not offered here")
 
 
 def _names(value: Any) -> Targets:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from llmtune.adapters.config import DoRA, LoRA
-from llmtune.adapters.dora import DoRAConv1D, DoRALinear
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
-from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
-from llmtune.adapters.targets import (
-    ALL_LINEAR,
-    check_patterns_used,
-    inside,
-    is_conv1d,
-    linear_places,
-    matching,
-    pattern_value,
-    task_heads,
-)
+from llmtune.adapters.record import Targets
+from llmtune.adapters.targets import ALL_LINEAR, inside, linear_places, matching, task_heads
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy, adds_bias_last
 
 Build = Callable[[nn.Module], AdapterLayer]
+
+
+class Targeted(Protocol):
+    """A record that names the modules it goes to, and others to train whole."""
+
+    @property
+    def targets(self) -> Targets:
+        """Suffixes, one regular expression, or "all-linear"."""
+        ...
+
+    @property
+    def exclude(self) -> Targets:
+        """Suffixes, or one regular expression, of modules to leave out."""
+        ...
+
+    @property
+    def train_modules(self) -> Sequence[str]:
+        """Suffixes of modules to train whole."""
+        ...
 
 
 @dataclass
@@ -34,7 +41,7 @@ class Plan:
 
     Attributes:
         counts: how many modules each target pattern matches.
-        adapted: the names of the modules that get a low-rank change.
+        adapted: the names of the modules that get a layer of the method.
         copied: those trained whole, as copies.
         biases: those whose bias is trained.
         heads: heads outside a Hugging Face model's body that are neither; a new one starts at random.
@@ -49,52 +56,90 @@ class Plan:
     builders: list[tuple[str, Build]] = field(default_factory=list)
 
 
-def plan_lora(model: nn.Module, config: LoRA, name: str) -> Plan:
-    """Work out which layers a LoRA record means on this model.
+def plan_targets(
+    model: nn.Module,
+    config: Targeted,
+    name: str,
+    *,
+    adaptable: Callable[[nn.Module], bool],
+    build: Callable[[str, nn.Module], Build],
+    train_bias: str = "none",
+) -> Plan:
+    """Work out the layers of a method that goes to named modules, one layer each.
 
     Args:
         model: the root, with or without adapters.
-        config: the record.
+        config: the record, of which targets, exclude and train_modules are read.
         name: the adapter's name.
+        adaptable: whether a bare module is of a kind that the method goes to.
+        build: given a place and the module there, adapters around it included, checks them and returns the function
+            that makes the layer.
+        train_bias: "none", "lora_only" (of adapted modules) or "all".
 
     Raises:
-        ValueError: a pattern matches nothing, a rank is too large for its layer, the root is a target, or a module
-            would be adapted twice.
-        TypeError: a target is of a kind that cannot be adapted.
+        ValueError: a pattern matches nothing, the root is a target, or a module would be adapted twice.
+        TypeError: a bias cannot be trained; and what `build` raises.
     """
     places = dict(named_places(model))
-    names = [place for place in places if place]
     plan = Plan()
-    copied = matching(list(config.train_modules), names, what="train_modules") if config.train_modules else {}
-    plan.copied = list(dict.fromkeys(place for found in copied.values() for place in found))
-    plan.adapted = _adapted(model, config, places, names, plan)
+    plan.copied = copied_places(config.train_modules, places)
+    plan.adapted = _adapted(model, config, places, plan, adaptable)
     _check_ties(places, plan.adapted)
-    check_patterns_used(config.rank_pattern, plan.adapted, what="rank_pattern")
-    check_patterns_used(config.alpha_pattern, plan.adapted, what="alpha_pattern")
-    if config.train_bias != "none":
-        plan.biases = _bias_places(config, places, plan)
-    _check_free(places, plan)
-    heads = {id(bare_module(head)) for head in task_heads(model)}
-    plan.heads = [place for place, module in places.items() if id(bare_module(module)) in heads]
-    plan.heads = [place for place in plan.heads if place not in plan.adapted and not inside(place, plan.copied)]
-    plan.builders = [
-        *((place, lambda base: TrainedBias(base, adapter_name=name)) for place in plan.biases),
-        *((place, lambda base: TrainedCopy(base, adapter_name=name)) for place in plan.copied),
-        *((place, _builder(place, places[place], config, name)) for place in plan.adapted),
-    ]
+    if train_bias != "none":
+        plan.biases = _bias_places(train_bias, places, plan)
+    builders = [(place, build(place, places[place])) for place in plan.adapted]
+    finish(model, plan, name)
+    plan.builders += builders
     return plan
 
 
+def copied_places(train_modules: Sequence[str], places: Mapping[str, nn.Module]) -> list[str]:
+    """Return the places that train_modules names, each once."""
+    names = [place for place in places if place]
+    found = matching(list(train_modules), names, what="train_modules") if train_modules else {}
+    return list(dict.fromkeys(place for some in found.values() for place in some))
+
+
+def finish(model: nn.Module, plan: Plan, name: str) -> None:
+    """Check that no module is adapted twice, find the heads left out, and make the builders of biases and copies.
+
+    Args:
+        model: the root.
+        plan: with adapted, copied and biases filled in.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: a module is taken, or named twice.
+    """
+    places = dict(named_places(model))
+    _check_free(places, plan)
+    heads = {id(bare_module(head)) for head in task_heads(model)}
+    plan.heads = [
+        place
+        for place, module in places.items()
+        if id(bare_module(module)) in heads and place not in plan.adapted and not inside(place, plan.copied)
+    ]
+    plan.builders = [
+        *((place, lambda base: TrainedBias(base, adapter_name=name)) for place in plan.biases),
+        *((place, lambda base: TrainedCopy(base, adapter_name=name)) for place in plan.copied),
+    ]
+
+
 def _adapted(
-    model: nn.Module, config: LoRA, places: Mapping[str, nn.Module], names: list[str], plan: Plan
+    model: nn.Module,
+    config: Targeted,
+    places: Mapping[str, nn.Module],
+    plan: Plan,
+    adaptable: Callable[[nn.Module], bool],
 ) -> list[str]:
+    names = [place for place in places if place]
     if config.targets == ALL_LINEAR:
         found = {ALL_LINEAR: [place for place in linear_places(model, places) if not inside(place, plan.copied)]}
         if not found[ALL_LINEAR]:
-            if bare_module(model) is not model or _kind(model) is not None:
+            if bare_module(model) is not model or adaptable(model):
                 raise ValueError(
                     f"the model itself, a {type(model).__name__}, would be the target: put it into a module "
-                    "(nn.Sequential), or use LoRALinear directly"
+                    "(nn.Sequential), or use the layer directly"
                 )
             raise ValueError(f'targets: "all-linear" finds no linear layer in this {type(model).__name__}')
     else:
@@ -113,63 +158,13 @@ def _adapted(
     if found and not wanted:
         raise ValueError("every module that targets names is left out by exclude: nothing would be adapted")
     if config.targets != ALL_LINEAR and isinstance(config.targets, str):  # an expression may match containers as well
-        kinds = [place for place in wanted if _kind(places[place]) is not None]
+        kinds = [place for place in wanted if adaptable(bare_module(places[place]))]
         wanted = kinds or wanted
     return wanted
 
 
-def _kind(module: nn.Module) -> type[LoRALinear] | type[LoRAEmbedding] | None:
-    bare: Any = bare_module(module)
-    if is_conv1d(bare):
-        return LoRAConv1D
-    if isinstance(bare, nn.Embedding):
-        return LoRAEmbedding
-    sizes = (getattr(bare, "in_features", None), getattr(bare, "out_features", None))
-    return LoRALinear if all(isinstance(size, int) for size in sizes) else None
-
-
-def _builder(place: str, module: nn.Module, config: LoRA, name: str) -> Build:
-    kind = _kind(module)
-    if kind is None:
-        raise TypeError(
-            f"{place} is a {type(bare_module(module)).__name__}: LoRA goes to linear layers, Conv1D and embeddings. "
-            "Name it in train_modules to train it whole, or narrow the targets"
-        )
-    if isinstance(bare_module(module), NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"{place} belongs to nn.MultiheadAttention, which takes its weight without calling it, so an adapter there "
-            "would do nothing: exclude it"
-        )
-    if isinstance(config, DoRA):
-        if kind is LoRAEmbedding:
-            raise TypeError(f"{place} is an embedding: DoRA goes to linear layers and Conv1D. Narrow the targets")
-        kind = DoRAConv1D if kind is LoRAConv1D else DoRALinear
-    if config.lora_bias and kind is LoRAEmbedding:
-        raise ValueError(f"lora_bias has no meaning for {place}, an embedding: leave it out of the targets")
-    rank = pattern_value(place, config.rank_pattern, config.rank)
-    alpha = pattern_value(place, config.alpha_pattern, config.alpha)
-    largest = min(_sizes(bare_module(module)))
-    if rank > largest:
-        raise ValueError(f"the rank {rank} is larger than {place} allows: the smaller of its two sizes is {largest}")
-
-    def build(base: nn.Module) -> AdapterLayer:
-        return kind(
-            base, rank=rank, alpha=alpha, dropout=0.0 if kind is LoRAEmbedding else config.dropout,
-            rslora=config.rslora, lora_bias=config.lora_bias, initialise=config.initialise, dtype=config.dtype,
-            adapter_name=name,
-        )  # fmt: skip
-
-    return build
-
-
-def _sizes(bare: Any) -> tuple[int, int]:
-    if isinstance(getattr(bare, "in_features", None), int):
-        return bare.in_features, bare.out_features
-    return tuple(bare.weight.shape)
-
-
-def _bias_places(config: LoRA, places: Mapping[str, nn.Module], plan: Plan) -> list[str]:
-    if config.train_bias == "lora_only":
+def _bias_places(train_bias: str, places: Mapping[str, nn.Module], plan: Plan) -> list[str]:
+    if train_bias == "lora_only":
         return [place for place in plan.adapted if adds_bias_last(bare_module(places[place]))]
     covered: dict[int, str] = {}
     for place, module in places.items():

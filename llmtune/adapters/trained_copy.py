@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.layer import AdapterLayer, bare_module
+from llmtune.adapters.layer import PREFIX, AdapterLayer, adapter_chain, bare_module
 
 
 class TrainedCopy(AdapterLayer):
@@ -38,6 +38,10 @@ class TrainedCopy(AdapterLayer):
     def replacements(self) -> dict[str, Tensor]:
         """Return the copy's parameters and buffers by their names in the module; see `AdapterLayer`."""
         return {**dict(self.copy.named_parameters()), **dict(self.copy.named_buffers())}
+
+    def file_tensors(self, place: str) -> dict[str, Tensor]:
+        """Return the copy's parameters and buffers by the names of the originals; see `AdapterLayer`."""
+        return {f"{PREFIX}{place}.{local}": value for local, value in self.copy.state_dict(keep_vars=True).items()}
 
     def __getattr__(self, name: str) -> Any:
         """Return what the module that is in use has under this name: code around it may ask for its weight."""
@@ -92,10 +96,32 @@ class TrainedBias(AdapterLayer):
         """Return copy - original of the bias; see `AdapterLayer`."""
         return {"bias": _wide(self.trained_bias) - _wide(self.original)}
 
+    def file_tensors(self, place: str) -> dict[str, Tensor]:
+        """Return the bias by the name of the original; see `AdapterLayer`."""
+        return {f"{PREFIX}{place}.bias": self.trained_bias}
+
     def replacements(self) -> dict[str, Tensor]:
         """Return the trained bias, unless another adapter's change stands in the original; see `AdapterLayer`."""
         bare: Any = bare_module(self)
         return {"bias": self.trained_bias} if torch.equal(bare.bias, cast(Tensor, self.original)) else {}
+
+
+def check_first(base: nn.Module, method: str) -> None:
+    """Raise where a method that reads the bare weight would stand on another adapter; a `TrainedBias` may be there.
+
+    Args:
+        base: what the new layer would be put around.
+        method: its name, for the sentence.
+
+    Raises:
+        TypeError: another adapter stands there already.
+    """
+    before = next((layer for layer in adapter_chain(base) if not isinstance(layer, TrainedBias)), None)
+    if before is not None:
+        raise TypeError(
+            f'{method} is made for the bare weight, but adapter "{before.adapter_name}" stands before it: '
+            f"attach {method} first, or detach that one"
+        )
 
 
 def adds_bias_last(module: nn.Module) -> bool:

@@ -233,7 +233,7 @@ def edit(folder, **changes):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"a_new_option": "yes"}, 'a_new_option="yes" asks for'),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base weights"),
-        ({"peft_type": "LOHA"}, '"peft_type" is \'LOHA\'; only "LORA" is read'),
+        ({"peft_type": "LOHA"}, "\"peft_type\" is 'LOHA', which is not known here; known are .*LORA"),
         ({"r": 0}, "rank must be a whole number of at least 1; got 0"),
         ({"target_modules": ["nothing"]}, 'targets: "nothing" matches no module'),
         ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, None),
