@@ -7,8 +7,10 @@ from llmtune.adapters.files import load, save
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import AdapterLayer
-from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
+from llmtune.adapters.lora import LoRAConv1D, LoRALinear
+from llmtune.adapters.lora_embedding import LoRAEmbedding
 from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.reach import check_gradients
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
@@ -32,6 +34,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "attach",
+    "check_gradients",
     "detach",
     "disabled",
     "load",

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.lora import INITIALISATIONS
+from llmtune.adapters.dora import check_dora_start
+from llmtune.adapters.initialise import INITIALISATIONS, known_start, reads_weight
 from llmtune.adapters.lora_plan import check_same_scaling, plan_lora
 from llmtune.adapters.peft_config import config_of, read_lora
 from llmtune.adapters.plan import Plan
@@ -43,10 +44,13 @@ class LoRA(AdapterConfig):
         lora_bias: train a bias beside every B; raises where a target is an embedding.
         rank_pattern: another rank for the modules whose name ends in a pattern (a regular expression): {"q_proj": 4}.
         alpha_pattern: the same for alpha.
-        initialise: "kaiming" or "gaussian".
+        initialise: "kaiming" or "gaussian" (B = 0, so the start is exact), "orthogonal", "pissa", "pissa_niter_4" (any
+            number) or "olora"; see `llmtune.adapters.initialise`. Files of the last three hold twice the rank, since
+            they take the start off.
         train_bias: "none", "lora_only" (those of adapted modules) or "all"; copies are trained, the model's own stay.
         train_modules: suffixes of modules to train whole, as copies: a new classification head, for instance.
         dtype: of the adapter's parameters.
+        any_rank: take ranks above the smaller side of a layer, which add nothing; files of combined adapters have them.
 
     Raises:
         ValueError: a value is out of its range; the sentence names it.
@@ -66,6 +70,7 @@ class LoRA(AdapterConfig):
     train_bias: Literal["none", "lora_only", "all"] = "none"
     train_modules: Sequence[str] = ()
     dtype: torch.dtype = torch.float32
+    any_rank: bool = False
 
     peft_type: ClassVar[str] = "LORA"
     decomposes: ClassVar[bool] = False  # whether rows get lengths of their own: DoRA
@@ -80,7 +85,7 @@ class LoRA(AdapterConfig):
         ):  # fmt: skip
             check_positive(name, alpha)
         check_probability("dropout", self.dropout)
-        if self.initialise not in INITIALISATIONS:
+        if not known_start(self.initialise):
             known = ", ".join(f'"{name}"' for name in INITIALISATIONS)
             raise ValueError(
                 f"initialise must be one of {known}; got {self.initialise!r}."
@@ -114,6 +119,11 @@ class LoRA(AdapterConfig):
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
         """Raise where the attached adapter scales otherwise; see `AdapterConfig.check_attached`."""
         super().check_attached(model, name, attached, source=source)
+        if isinstance(attached, LoRA) and reads_weight(attached.initialise):
+            raise ValueError(
+                f'the attached "{name}" started from the weights ("{attached.initialise}") and files hold that start '
+                "as well: detach it first, and loading attaches what the file describes"
+            )
         check_same_scaling(model, self, name, source=source)
 
 
@@ -134,3 +144,4 @@ class DoRA(LoRA):
         super().__post_init__()
         if self.lora_bias:
             raise ValueError("lora_bias has no place in DoRA, whose bias stands outside: train_bias trains the base's")
+        check_dora_start(self.initialise)

@@ -21,7 +21,7 @@ from llmtune.adapters.lora import LoRAConv1D, LoRALinear
 from llmtune.adapters.trained_copy import check_first
 
 
-def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
     """Return the length of each row of W + scaling * B A, from products no larger than [out, r].
 
     ||w + s b A||^2 = ||w||^2 + 2 s <w A^T, b> + s^2 <b (A A^T), b>   for a row w of W and b of B
@@ -30,7 +30,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
         weight: [out, in], floating.
         lora_a: [r, in].
         lora_b: [out, r].
-        scaling: s.
+        scaling: s, a number or a scalar tensor.
 
     Returns:
         [out], in at least float32, at least the smallest positive number; differentiable.
@@ -46,6 +46,12 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) ->
     cross = ((weight @ a.T) * b).sum(1)
     own = ((b @ (a @ a.T)) * b).sum(1)
     return (squares + 2 * scaling * cross + scaling**2 * own).clamp(min=torch.finfo(wide).tiny).sqrt()
+
+
+def check_dora_start(initialise: str) -> None:
+    """Raise ValueError where a start is not drawn with B = 0: the lengths m are those of W itself."""
+    if initialise not in ("kaiming", "gaussian"):
+        raise ValueError(f'DoRA starts with "kaiming" or "gaussian", which leave its rows alone; got {initialise!r}')
 
 
 class DoRALinear(LoRALinear):
@@ -85,6 +91,7 @@ class DoRALinear(LoRALinear):
         if lora_bias:
             raise ValueError("lora_bias has no place in DoRA, whose bias is outside of the decomposition: leave it out")
         check_first(base, "DoRA")
+        check_dora_start(initialise)
         bare: Any = bare_module(base)
         if not isinstance(getattr(bare, "weight", None), Tensor) or not bare.weight.is_floating_point():
             raise TypeError(f"DoRA needs a base with a floating weight; {type(bare).__name__} has none")
@@ -98,7 +105,7 @@ class DoRALinear(LoRALinear):
     def norms(self) -> Tensor:
         """Return the lengths of the rows of W + s B A, [out], in at least float32."""
         with torch.autocast(self.lora_a.device.type, enabled=False):
-            return row_norms(self.matrix(), self.lora_a, self.lora_b, self.scaling)
+            return row_norms(self.matrix(), self.lora_a, self.lora_b, self.factor())
 
     def matrix(self) -> Tensor:
         """Return the bare weight as [out, in]."""
@@ -111,12 +118,12 @@ class DoRALinear(LoRALinear):
         plain, norm = plain_linear(self.base), self.norms()
         if plain is not None:
             return lora_linear(
-                x, plain.weight, plain.bias, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=self.drop_p(),
+                x, plain.weight, plain.bias, self.lora_a, self.lora_b, scaling=self.factor(), dropout_p=self.drop_p(),
                 magnitude=self.magnitude, norm=norm,
             )  # fmt: skip
         result, ratio = self.base(x), self.magnitude / norm
         turned = result if self.bias is None else result - self._bias()
-        change = lora_change(self.dropout(x), self.lora_a, self.lora_b, self.scaling)
+        change = lora_change(self.dropout(x), self.lora_a, self.lora_b, self.factor())
         return (result + ((ratio - 1) * turned + ratio * change)).to(result.dtype)
 
     def _bias(self) -> Tensor:

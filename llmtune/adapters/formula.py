@@ -18,20 +18,20 @@ from llmtune.adapters.seeded_dropout import seeded_dropout
 class Knobs(NamedTuple):
     """How the low-rank part of a call is computed: `work` is the dtype of its products; a seed below 0 is torch's."""
 
-    scaling: float
+    scaling: float | Tensor
     dropout_p: float
     seed: int
     work: torch.dtype
 
 
-def lora_change(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+def lora_change(x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
     """Return scaling * (x A^T) B^T, the plain formula.
 
     Args:
         x: [..., in].
         lora_a: [r, in].
         lora_b: [out, r].
-        scaling: alpha / r, or alpha / sqrt(r).
+        scaling: alpha / r, or alpha / sqrt(r): a number or a scalar tensor.
 
     Returns:
         [..., out], in the dtype of `lora_a` (in autocast's, under autocast).

@@ -31,7 +31,7 @@ def lora_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     *,
-    scaling: float,
+    scaling: float | Tensor,
     dropout_p: float = 0.0,
     seed: int | None = None,
     magnitude: Tensor | None = None,
@@ -52,7 +52,7 @@ def lora_linear(
         bias: [out], or None; likewise.
         lora_a: [r, in].
         lora_b: [out, r].
-        scaling: alpha / r, or alpha / sqrt(r).
+        scaling: alpha / r, or alpha / sqrt(r): a number or a scalar tensor without gradient.
         dropout_p: probability, 0 to below 1, that an entry of x is dropped on the way to A.
         seed: of the dropout; left out, one is drawn from torch's own random state.
         magnitude: [out], DoRA's m.
@@ -89,7 +89,7 @@ def lora_added(
     lora_a: Tensor,
     lora_b: Tensor,
     *,
-    scaling: float,
+    scaling: float | Tensor,
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
@@ -117,7 +117,7 @@ def lora_added(
         return _LoRAAdded.apply(result, x, lora_a, lora_b, knobs)
 
 
-def _prepared(x: Tensor, lora_a: Tensor, scaling: float, p: float, seed: int | None) -> tuple[Tensor, Knobs]:
+def _prepared(x: Tensor, lora_a: Tensor, scaling: float | Tensor, p: float, seed: int | None) -> tuple[Tensor, Knobs]:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p must be a probability from 0 to below 1, got {p}")
     if seed is not None and not 0 <= seed < 2**63:

@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_added, lora_linear
+from llmtune.adapters.initialise import INITIALISATIONS, drawn_start, known_start, reads_weight, weight_start
 from llmtune.adapters.layer import PREFIX, AdapterLayer, bare_module, plain_linear
-
-INITIALISATIONS = ("kaiming", "gaussian")
 
 
 def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -33,6 +31,8 @@ class LowRankLayer(AdapterLayer):
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
+    start_a: Tensor | None  # [r, columns] and [rows, r]: what a start taken from the weight began with
+    start_b: Tensor | None
     transposed = False
 
     def __init__(
@@ -40,32 +40,62 @@ class LowRankLayer(AdapterLayer):
         lora_bias: bool, initialise: str, dtype: torch.dtype, adapter_name: str,
     ) -> None:  # fmt: skip
         super().__init__(base, adapter_name=adapter_name)
-        largest = min(columns, rows)
-        if not 0 < rank <= largest:
-            raise ValueError(
-                f"the rank must be between 1 and {largest}, the smaller side of {columns} -> {rows}; got {rank}"
-            )
+        if rank < 1:
+            raise ValueError(f"the rank must be at least 1; got {rank}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a probability from 0 to below 1; got {dropout!r}")
-        if initialise not in INITIALISATIONS:
+        if not known_start(initialise):
             raise ValueError(f"initialise must be one of {', '.join(INITIALISATIONS)}; got {initialise!r}")
         device = next((p.device for p in bare_module(base).parameters()), torch.device("cpu"))
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self._scale = torch.zeros(
+            (), dtype=torch.float64, device="cpu"
+        )  # no buffer: a cast of the model must not round it
         self.scaling = lora_scaling(alpha, rank, rslora)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_a = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(rows, rank, dtype=dtype, device=device))
         self.lora_bias = nn.Parameter(torch.zeros(rows, dtype=dtype, device=device)) if lora_bias else None
+        self.register_buffer("start_a", None)
+        self.register_buffer("start_b", None)
         self.start(initialise)
         self.train(base.training)
 
     def start(self, initialise: str) -> None:
-        """Draw A and set B to zero, so that the layer's output is the base's."""
-        if initialise == "gaussian":
-            nn.init.normal_(self.lora_a, std=1 / self.rank)
-        else:
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_b)
+        """Set A and B so that the layer's output is the base's: see `initialise.py`."""
+        if not reads_weight(initialise):
+            drawn_start(self.lora_a, self.lora_b, initialise)
+            return
+        weight = getattr(bare_module(self), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+            kind = type(bare_module(self)).__name__
+            raise TypeError(f'initialise="{initialise}" is taken from a floating weight [out, in]; {kind} has none')
+        matrix = weight.T if self.transposed else weight
+        start_a, start_b = weight_start(matrix, self.rank, self.scaling, initialise)
+        with torch.no_grad():
+            self.lora_a.copy_(start_a)
+            self.lora_b.copy_(start_b)
+        self.start_a, self.start_b = self.lora_a.detach().clone(), self.lora_b.detach().clone()
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self._scaling = float(value)
+        self._scale.fill_(value)
+
+    def factor(self) -> Any:
+        """Return the scaling as a number, or as a tensor for `torch.compile`, which would compile again for another."""
+        return self._scale if torch.compiler.is_compiling() else self._scaling
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A [r, in] and B [out, r]; with what takes their start off below and beside them, where it is not 0."""
+        if self.start_a is None or self.start_b is None:
+            return self.lora_a, self.lora_b
+        return torch.cat([self.lora_a, self.start_a]), torch.cat([self.lora_b, -self.start_b], dim=1)
 
     def drop_p(self) -> float:
         """Return the probability with which an entry is dropped at the moment: 0 in eval mode."""
@@ -83,8 +113,8 @@ class LowRankLayer(AdapterLayer):
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         """Return (left, right, scaling): the weight's change is scaling * left @ right; see `AdapterLayer`."""
-        left, right = (self.lora_a.T, self.lora_b.T) if self.transposed else (self.lora_b, self.lora_a)
-        return left, right, self.scaling
+        a, b = self.factors()
+        return (a.T, b.T, self.scaling) if self.transposed else (b, a, self.scaling)
 
     def deltas(self) -> dict[str, Tensor]:
         """Return the change of the bare weight, and of the bias where there is `lora_bias`; see `AdapterLayer`."""
@@ -98,8 +128,8 @@ class LowRankLayer(AdapterLayer):
     def file_tensors(self, place: str) -> dict[str, Tensor]:
         """Return PEFT's names and the tensors; see `AdapterLayer`."""
         found: dict[str, Tensor] = {
-            f"{PREFIX}{place}.lora_A.weight": self.lora_a,
-            f"{PREFIX}{place}.lora_B.weight": self.lora_b,
+            f"{PREFIX}{place}.lora_A.weight": self.factors()[0],
+            f"{PREFIX}{place}.lora_B.weight": self.factors()[1],
         }
         if self.lora_bias is not None:
             found[f"{PREFIX}{place}.lora_B.bias"] = self.lora_bias
@@ -119,12 +149,13 @@ class LoRALinear(LowRankLayer):
 
     Args:
         base: the layer to adapt; its parameters are left alone.
-        rank: r, from 1 to the smaller of in and out.
+        rank: r, at least 1; more than the smaller of in and out adds nothing.
         alpha: the change is scaled by alpha / r.
         dropout: probability with which an entry of x is dropped on the way to A, in training mode.
         rslora: scale by alpha / sqrt(r) instead.
         lora_bias: train a bias [out] beside B.
-        initialise: how A is drawn: "kaiming" (uniform, as `nn.Linear`) or "gaussian" (standard deviation 1 / r).
+        initialise: how A and B start: "kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4" (any number) or
+            "olora"; see `drawn_start` and `weight_start`. With the last three the start agrees to rounding.
         dtype: of A and B.
         adapter_name: the adapter the layer belongs to.
 
@@ -169,16 +200,15 @@ class LoRALinear(LowRankLayer):
         """Return [..., out] in the dtype of the base's output, for x [..., in]."""
         if not self.takes_part:
             return self.base(x)
-        plain, p = plain_linear(self.base), self.drop_p()
+        plain, p, scaling = plain_linear(self.base), self.drop_p(), self.factor()
+        a, b = self.factors()
         if self.lora_bias is not None:
             result = self.base(x)
-            change = lora_change(self.dropout(x), self.lora_a, self.lora_b, self.scaling)
-            return (result + (change + self.scaling * self.lora_bias)).to(result.dtype)
+            change = lora_change(self.dropout(x), a, b, scaling)
+            return (result + (change + scaling * self.lora_bias)).to(result.dtype)
         if plain is not None:
-            return lora_linear(
-                x, plain.weight, plain.bias, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=p
-            )  # fmt: skip
-        return lora_added(self.base(x), x, self.lora_a, self.lora_b, scaling=self.scaling, dropout_p=p)
+            return lora_linear(x, plain.weight, plain.bias, a, b, scaling=scaling, dropout_p=p)
+        return lora_added(self.base(x), x, a, b, scaling=scaling, dropout_p=p)
 
 
 class LoRAConv1D(LoRALinear):
@@ -210,80 +240,3 @@ class LoRAConv1D(LoRALinear):
     def nf(self) -> int:
         """The size of the output, by the name `Conv1D` has for it."""
         return self.out_features
-
-
-class LoRAEmbedding(LowRankLayer):
-    """An embedding with a change of low rank: the rows of W + scaling * (B A)^T for the tokens that come.
-
-    A [r, V] starts at zero and B [E, r] at standard normal draws, as in PEFT, so the output is the base's to the bit.
-
-    Args:
-        base: an `nn.Embedding`; one that multiplies its output by `embed_scale` has the change multiplied too.
-        rank: r, from 1 to the smaller of V and E.
-        alpha, rslora, initialise, dtype, adapter_name: as for `LoRALinear`; `initialise` says nothing here.
-        dropout: must be 0: a token has no entries to drop.
-        lora_bias: must be False: an embedding has no bias.
-
-    Raises:
-        TypeError: the base is no embedding, or one with a forward pass of its own or with `max_norm`.
-        ValueError: an argument is out of range.
-    """
-
-    transposed = True
-
-    def __init__(
-        self, base: nn.Module, *, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False,
-        lora_bias: bool = False, initialise: str = "kaiming", dtype: torch.dtype = torch.float32,
-        adapter_name: str = "default",
-    ) -> None:  # fmt: skip
-        bare = bare_module(base)
-        own = type(bare).forward is not nn.Embedding.forward and not hasattr(bare, "embed_scale")
-        if not isinstance(bare, nn.Embedding) or own or bare.max_norm is not None:  # max_norm rewrites rows as it reads
-            raise TypeError(
-                f"LoRAEmbedding needs an nn.Embedding with the plain forward pass and without max_norm; "
-                f"got {type(bare).__name__}"
-            )
-        if lora_bias:
-            raise ValueError("lora_bias has no meaning for an embedding: leave embeddings out of the targets")
-        if dropout:
-            raise ValueError(f"dropout has no meaning for an embedding, a token has no entries to drop; got {dropout}")
-        super().__init__(
-            base, bare.num_embeddings, bare.embedding_dim, rank=rank, alpha=alpha, dropout=0.0, rslora=rslora,
-            lora_bias=False, initialise=initialise, dtype=dtype, adapter_name=adapter_name,
-        )  # fmt: skip
-
-    def file_tensors(self, place: str) -> dict[str, Tensor]:
-        """Return PEFT's names and the tensors; see `AdapterLayer`."""
-        start = f"{PREFIX}{place}.lora_embedding_"
-        return {f"{start}A": self.lora_a, f"{start}B": self.lora_b}
-
-    def start(self, initialise: str) -> None:
-        """Set A to zero and draw B."""
-        nn.init.zeros_(self.lora_a)
-        nn.init.normal_(self.lora_b)
-
-    @property
-    def num_embeddings(self) -> int:
-        """V."""
-        return self.lora_a.shape[1]
-
-    @property
-    def embedding_dim(self) -> int:
-        """E."""
-        return self.lora_b.shape[0]
-
-    @property
-    def padding_idx(self) -> int | None:
-        """The bare embedding's."""
-        bare: Any = bare_module(self)
-        return bare.padding_idx
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return [..., E] in the dtype of the base's output, for token ids [...]."""
-        result: Tensor = self.base(ids)
-        if not self.takes_part:
-            return result
-        rows = F.embedding(ids, self.lora_a.T, padding_idx=self.padding_idx)  # which gets no gradient, as in the base
-        change = F.linear(rows, self.lora_b) * self.scaling
-        factor = getattr(bare_module(self), "embed_scale", None)
-        return (result + (change if factor is None else change * factor)).to(result.dtype)

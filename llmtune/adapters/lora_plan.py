@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmtune.adapters.dora import DoRAConv1D, DoRALinear
+from llmtune.adapters.initialise import check_orthogonal_rank, reads_weight
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
-from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear, LowRankLayer, lora_scaling
+from llmtune.adapters.lora import LoRAConv1D, LoRALinear, LowRankLayer, lora_scaling
+from llmtune.adapters.lora_embedding import LoRAEmbedding
 from llmtune.adapters.plan import Build, Plan, plan_targets
 from llmtune.adapters.targets import check_patterns_used, is_conv1d, pattern_value
 
@@ -98,8 +100,16 @@ def _builder(place: str, module: nn.Module, *, config: LoRA, name: str) -> Build
     rank = pattern_value(place, config.rank_pattern, config.rank)
     alpha = pattern_value(place, config.alpha_pattern, config.alpha)
     largest = min(_sizes(bare_module(module)))
-    if rank > largest:
+    if rank > largest and not config.any_rank:
         raise ValueError(f"the rank {rank} is larger than {place} allows: the smaller of its two sizes is {largest}")
+    if kind is LoRAEmbedding and config.initialise not in ("kaiming", "gaussian"):
+        raise ValueError(f'initialise="{config.initialise}" is for linear layers, and {place} is an embedding')
+    if config.initialise == "orthogonal":
+        check_orthogonal_rank(rank)
+    if reads_weight(config.initialise):
+        weight = getattr(bare_module(module), "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise TypeError(f'initialise="{config.initialise}" is taken from a floating weight, and {place} has none')
 
     def build(base: nn.Module) -> AdapterLayer:
         return kind(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers
+from llmtune.adapters.initialise import reads_weight
 from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.lora import LowRankLayer
 from llmtune.adapters.record import Targets
@@ -53,6 +55,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         config: its record.
         name: its name.
     """
+    config = _with_start(config)
     kind = type(model)
     task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
     transposed = [is_conv1d(layer) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
@@ -65,7 +68,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "exclude_modules": excludes or None,
         "fan_in_fan_out": bool(transposed) and all(transposed),
         "inference_mode": True,
-        "init_lora_weights": "gaussian" if config.initialise == "gaussian" else True,
+        "init_lora_weights": True if config.initialise == "kaiming" else config.initialise,
         "lora_alpha": config.alpha,
         "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
@@ -81,6 +84,21 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "use_rslora": config.rslora,
     }
     return dict(sorted(entries.items()))
+
+
+def _with_start(config: LoRA) -> LoRA:
+    """Return the plain LoRA of twice the rank that a start taken from the weights amounts to once it is taken off."""
+    if not reads_weight(config.initialise):
+        return config
+    more = math.sqrt(2) if config.rslora else 2
+    return replace(
+        config,
+        rank=2 * config.rank,
+        rank_pattern={pattern: 2 * rank for pattern, rank in config.rank_pattern.items()},
+        alpha=more * config.alpha,
+        alpha_pattern={pattern: more * alpha for pattern, alpha in config.alpha_pattern.items()},
+        initialise="kaiming",
+    )
 
 
 def read_lora(
@@ -116,6 +134,7 @@ def read_lora(
         rslora=read.get("use_rslora", False),
         lora_bias=read.get("lora_bias", False),
         initialise="gaussian" if start == "gaussian" else "kaiming",
+        any_rank=True,
         train_bias=read.get("bias", "none"),
         rank_pattern=read.get("rank_pattern") or {},
         alpha_pattern=read.get("alpha_pattern") or {},

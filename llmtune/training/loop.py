@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.adapters.reach import check_gradients
 from llmtune.data.collate import collate_packed
 from llmtune.errors import NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
@@ -161,7 +162,8 @@ class TrainingLoop:
             "targets", the count; under fp16 "overflow", 1 where the scaled gradient was not finite.
 
         Raises:
-            ValueError: no batch has a target (all labels -100), or the loss is no scalar with a gradient.
+            ValueError: no batch has a target (all labels -100); the loss is no scalar with a gradient; or, at the first
+                step, no gradient reaches a parameter that an adapter trains.
         """
         counts = [self.count_targets(batch) for batch in batches]
         total = sum(counts)
@@ -184,6 +186,8 @@ class TrainingLoop:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
             metrics["overflow"] = (~gradient_norm(self.model).isfinite()).float()
+        if self.step == 0:
+            check_gradients(self.model)
         self._emit("on_task_gradients")
         penalty = self.penalty()
         if penalty is not None:

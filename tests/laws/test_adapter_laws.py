@@ -37,14 +37,25 @@ LAYERS = {
     "two nested": lambda base: LoRALinear(LoRALinear(base, rank=2, alpha=3), rank=3, alpha=5, adapter_name="second"),
     "dora": partial(DoRALinear, rank=3, alpha=5),
     "dora with dropout": partial(DoRALinear, rank=2, alpha=7, dropout=0.4, rslora=True),
+    "orthogonal": partial(LoRALinear, rank=4, alpha=5, initialise="orthogonal"),
+    "pissa": partial(LoRALinear, rank=3, alpha=5, initialise="pissa"),
+    "olora with bias": partial(LoRALinear, rank=3, alpha=5, initialise="olora", lora_bias=True),
     "trained copy": TrainedCopy,
     "trained bias": TrainedBias,
+}
+
+EXEMPT = {  # a word in a row's name: what it is free of
+    "dora": "norm held constant",
+    "orthogonal": "start to the digit",
+    "pissa": "start to the digit",
+    "olora": "start to the digit",
 }
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "two nested"])
 def test_layers_keep_the_laws(name):
-    check_adapter(LAYERS[name], exempt=["norm held constant"] if "dora" in name else [])
+    exempt = [exemption for word, exemption in EXEMPT.items() if word in name]
+    check_adapter(LAYERS[name], exempt=exempt)
 
 
 class DoRAThatDropsGradient(DoRALinear):
@@ -58,7 +69,7 @@ def test_an_exemption_is_for_the_tensors_it_names_only():
 
 
 def test_only_known_exemptions_are_granted():
-    with pytest.raises(ValueError, match='there is no exemption "true gradients", only norm held constant'):
+    with pytest.raises(ValueError, match='there is no exemption "true gradients", only norm held constant, '):
         check_adapter(LAYERS["lora"], exempt=["true gradients"])
     with pytest.raises(LawBroken, match="unseen at the start"):
         check_adapter(partial(Plain, start=0.1), exempt=["norm held constant"])
@@ -187,6 +198,10 @@ MODELS = {  # name: (model, record, *laws it is free of)
     "gpt2 dora": (tiny_gpt2, dora(targets=["c_attn", "c_proj"])),
     "bert dora": (tiny_bert, dora(rank_pattern={"query": 2})),
     "bert dora biases": (tiny_bert, dora(train_bias="lora_only")),
+    "llama pissa": (tiny_llama, lora(initialise="pissa", rslora=True), "start to the digit"),
+    "gpt2 pissa": (tiny_gpt2, lora(targets=["c_attn"], initialise="pissa_niter_4"), "start to the digit"),
+    "bert olora": (tiny_bert, lora(initialise="olora", dropout=0.2), "start to the digit"),
+    "t5 orthogonal": (tiny_t5, LoRA(rank=4, alpha=5, initialise="orthogonal"), "start to the digit"),
     "t5 dora": (tiny_t5, dora(targets=r".*\.(q|v|wi|wo)")),
     "t5 embeddings": (tiny_t5, lora(targets=["embed_tokens", "q"])),
 }
