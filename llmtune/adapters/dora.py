@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, plain_linear
@@ -104,7 +105,7 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Return the lengths of the rows of W + s B A, [out], in at least float32."""
-        with torch.autocast(self.lora_a.device.type, enabled=False):
+        with no_autocast(self.lora_a.device):
             return row_norms(self.matrix(), self.lora_a, self.lora_b, self.factor())
 
     def matrix(self) -> Tensor:

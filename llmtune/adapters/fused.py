@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmtune.adapters.autocast import autocast_dtype, no_autocast
 from llmtune.adapters.formula import Knobs, decomposed, formula, low_rank_change
 from llmtune.adapters.products import times
 from llmtune.adapters.seeded_dropout import seeded_dropout
@@ -79,7 +80,7 @@ def lora_linear(
     norm = None if norm is None else norm.detach()
     if _traced():
         return formula(x, weight, bias, lora_a, lora_b, magnitude, norm, knobs)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, magnitude, norm, knobs)
 
 
@@ -113,7 +114,7 @@ def lora_added(
     x, knobs = _prepared(x, lora_a, scaling, dropout_p, seed)
     if _traced():
         return (result + low_rank_change(x, lora_a, lora_b, knobs)).to(result.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         return _LoRAAdded.apply(result, x, lora_a, lora_b, knobs)
 
 
@@ -123,9 +124,9 @@ def _prepared(x: Tensor, lora_a: Tensor, scaling: float | Tensor, p: float, seed
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
     work = lora_a.dtype
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        work = torch.get_autocast_dtype(x.device.type)
-        x = x.to(work)
+    cast = autocast_dtype(x.device)
+    if cast is not None and x.dtype != torch.float64:
+        work, x = cast, x.to(cast)
     if p > 0.0 and seed is None and not _traced():
         seed = int(torch.randint(2**62, (), device="cpu"))
     return x, Knobs(scaling, p, -1 if seed is None else seed, work)
@@ -162,7 +163,7 @@ class _LoRALinear(torch.autograd.Function):
             plain = partial(formula, norm=norm, knobs=knobs)
             found = _differentiable(plain, tuple(inputs), d_out, wanted)
             return *found, None, None
-        with torch.autocast(d_out.device.type, enabled=False):
+        with no_autocast(d_out.device):
             return *_LoRALinear._gradients(saved, d_out, ctx.needs_input_grad, ctx.knobs), None, None
 
     @staticmethod
@@ -198,7 +199,7 @@ class _LoRAAdded(torch.autograd.Function):
                 return low_rank_change(x, a, b, ctx.knobs).to(d_out.dtype)
 
             return d_out, *_differentiable(change, (x, a, b), d_out, wanted), None
-        with torch.autocast(d_out.device.type, enabled=False):
+        with no_autocast(d_out.device):
             return d_out, *_low_rank_gradients(d_out, None, x, a, b, wanted, ctx.knobs), None
 
 
@@ -248,7 +249,7 @@ def _differentiable(
     """
     aliases = [x.view_as(x) if x is not None and want else x for x, want in zip(inputs, wanted, strict=False)]
     asked = [x for x, want in zip(aliases, wanted, strict=False) if want and x is not None]
-    with torch.autocast(d_out.device.type, enabled=False):
+    with no_autocast(d_out.device):
         out = plain(*aliases)
     found = iter(torch.autograd.grad(out, asked, d_out, create_graph=True, allow_unused=True))
     return [next(found) if want and x is not None else None for x, want in zip(inputs, wanted, strict=False)]
@@ -272,7 +273,7 @@ def _check(
         )
     if (m is None) != (norm is None):
         raise ValueError("DoRA needs both magnitude and norm; one of them is missing")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x.device) is None:
         raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
     for name, vector in (("bias", bias), ("magnitude", m), ("norm", norm)):
         if vector is not None and tuple(vector.shape) != (out,):
