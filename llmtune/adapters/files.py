@@ -1,13 +1,15 @@
 """Adapters as files, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-The default adapter lies in the folder itself, any other in a sub-folder of its name. Nothing is ever unpickled and
-nothing is fetched from a network.
+The default adapter lies in the folder itself, any other in a sub-folder of its name. Nothing is unpickled unless asked
+for, and nothing is ever fetched from a network.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from llmtune.adapters.trained_copy import TrainedBias
 from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
@@ -65,7 +67,15 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     return folder
 
 
-def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict: bool = True) -> LoadReport:
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    allow_bin: bool = False,
+) -> LoadReport:
     """Read an adapter that `save` or PEFT wrote; attaches it first where the model has no adapter of that name.
 
     Args:
@@ -74,6 +84,10 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
             itself where it holds one adapter only.
         name: what the adapter is called in the model.
         strict: raise where a tensor is missing, unexpected or of another shape; else only report it.
+        rename: for models whose modules are named otherwise than when the file was written: regular expressions and
+            what stands for them, put through `re.sub` on the names of the file's tensors, in order; each must match.
+        allow_bin: read `adapter_model.bin` where there is no safetensors file. It is a pickle; torch reads it with
+            `weights_only=True`, which makes nothing but tensors.
 
     Returns:
         What was loaded, missing, unexpected and mismatched, and which patterns of the configuration match nothing here.
@@ -84,16 +98,9 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
             of that name that is attached; that adapter is merged; no target is in the model; the folder holds several
             adapters and none of that name; (strict) the tensors do not fit. The model is then as it was.
     """
-    from safetensors.torch import load_file
-
     model = unwrap(model)
     folder = _folder_of(Path(folder), name)
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            pickled = " There is an adapter_model.bin, which is a pickle and is not read: save it as safetensors first."
-            hint = pickled if (folder / "adapter_model.bin").is_file() else ""
-            raise FileNotFoundError(f"{folder} holds no {file}: give the folder that an adapter was saved into.{hint}")
-    tensors = load_file(folder / WEIGHTS)
+    tensors = _renamed(_read_tensors(folder, allow_bin=allow_bin), rename or {}, source=folder)
     fresh = name not in adapter_names(model)
     entries = _read_entries(folder / CONFIG)
     try:
@@ -115,6 +122,36 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
             detach(model, name)
         raise
     return replace(report, unmatched=unmatched)
+
+
+def _read_tensors(folder: Path, *, allow_bin: bool) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    pickled = folder / BIN
+    for file in (CONFIG, WEIGHTS):
+        if (folder / file).is_file() or (file == WEIGHTS and allow_bin and pickled.is_file()):
+            continue
+        hint = f" There is a {BIN}, a pickle: allow_bin=True reads its tensors." if pickled.is_file() else ""
+        raise FileNotFoundError(f"{folder} holds no {file}: give the folder that an adapter was saved into.{hint}")
+    if (folder / WEIGHTS).is_file():
+        return load_file(folder / WEIGHTS)
+    tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{pickled} holds no dictionary of tensors: it is not an adapter's file")
+    return tensors
+
+
+def _renamed(tensors: dict[str, Tensor], rename: Mapping[str, str], *, source: Path) -> dict[str, Tensor]:
+    for pattern, replacement in rename.items():
+        if not any(re.search(pattern, key) for key in tensors):
+            raise ValueError(
+                f"rename: {pattern!r} matches no tensor in {source}, where one is {next(iter(tensors), None)}"
+            )
+        renamed = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
+        if len(renamed) < len(tensors):
+            raise ValueError(f"rename: {pattern!r} gives several tensors of {source} the same name")
+        tensors = renamed
+    return tensors
 
 
 def _folder_of(folder: Path, name: str) -> Path:

@@ -3,11 +3,13 @@
 import copy
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters import DoRA, LoRA, adapter_names, adapter_parameters, attach, detach, load, merge, save
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -15,6 +17,39 @@ from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 peft = pytest.importorskip("peft", reason="PEFT is the oracle of these tests")
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 classifier = partial(tiny_bert, labels=3)
+
+
+class Config(dict):
+    """A model's configuration, asked for entries by PEFT and for an attribute here."""
+
+    model_type = "plain"
+
+
+class Tiny(nn.Module):
+    """A plain model that answers as those of transformers do."""
+
+    def __init__(self, seed=0, **layers):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name, make in layers.items():
+                self.add_module(name, make())
+        self.config = Config()
+
+    def forward(self, input_ids):
+        hidden = (
+            nn.functional.one_hot(input_ids, 97).to(next(self.parameters()).dtype)
+            if not hasattr(self, "emb")
+            else self.emb(input_ids)
+        )
+        for name, layer in self._modules.items():
+            hidden = hidden if name == "emb" else layer(hidden)
+        return SimpleNamespace(logits=hidden)
+
+
+plain = partial(Tiny, **{"0": partial(nn.Linear, 97, 19), "1": nn.Tanh, "3": partial(nn.Linear, 19, 13)})
+embedding = partial(Tiny, emb=partial(nn.Embedding, 97, 19), out=partial(nn.Linear, 19, 13))
+conv1d = partial(Tiny, emb=partial(nn.Embedding, 97, 19), conv=partial(Conv1D, 23, 19), out=partial(nn.Linear, 23, 13))
 
 CASES = {
     "llama all linear": (tiny_llama, {}),
@@ -62,6 +97,46 @@ CASES = {
     "gpt2 dora": (tiny_gpt2, {"dora": True, "targets": ["c_attn", "c_proj"]}),
     "bert dora": (tiny_bert, {"dora": True, "targets": ["query", "value"]}),
     "bert dora, all linear": (tiny_bert, {"dora": True}),
+    "linear": (plain, {"targets": ["0", "3"]}),
+    "linear, lora bias": (plain, {"targets": ["3"], "lora_bias": True}),
+    "linear, own biases": (plain, {"targets": ["0"], "train_bias": "lora_only"}),
+    "linear dora": (plain, {"targets": ["0", "3"], "dora": True}),
+    "linear, last trained whole": (plain, {"targets": ["0"], "train_modules": ["3"]}),
+    "embedding and linear": (embedding, {"targets": ["emb", "out"]}),
+    "embedding alone, rslora": (embedding, {"targets": ["emb"], "rslora": True}),
+    "conv1d": (conv1d, {"targets": ["conv"]}),
+    "conv1d and linear": (conv1d, {"targets": ["conv", "out"], "rank_pattern": {"conv": 2}}),
+    "conv1d dora": (conv1d, {"targets": ["conv"], "dora": True}),
+    "llama one layer by expression": (tiny_llama, {"targets": r"model\.layers\.0\..*_proj"}),
+    "llama large rank on some": (tiny_llama, {"targets": ["gate_proj"], "rank_pattern": {"layers.1.mlp.gate_proj": 9}}),
+    "llama fractional alpha": (tiny_llama, {"alpha": 2.5}),
+    "llama tied, embeddings": (partial(tiny_llama, tied=True), {"targets": ["embed_tokens", "q_proj"]}),
+    "llama two modules whole": (tiny_llama, {"targets": ["q_proj"], "train_modules": ["lm_head", "embed_tokens"]}),
+    "llama everything at once": (
+        tiny_llama,
+        {
+            "rslora": True,
+            "dropout": 0.1,
+            "rank_pattern": {"k_proj": 2},
+            "alpha_pattern": {"k_proj": 3},
+            "exclude": ["o_proj"],
+            "train_modules": ["lm_head"],
+        },
+    ),
+    "gpt2 own biases": (tiny_gpt2, {"targets": ["c_attn", "c_fc"], "train_bias": "lora_only"}),
+    "gpt2 lora bias": (tiny_gpt2, {"targets": ["c_proj"], "lora_bias": True}),
+    "gpt2 words and positions": (tiny_gpt2, {"targets": ["wte", "wpe"]}),
+    "gpt2 dora, patterns": (tiny_gpt2, {"dora": True, "targets": ["c_attn"], "rank_pattern": {"h.1.attn.c_attn": 2}}),
+    "bert all biases": (tiny_bert, {"targets": ["query"], "train_bias": "all"}),
+    "bert rslora by expression": (tiny_bert, {"targets": r".*layer\.1.*\.(query|key)", "rslora": True}),
+    "classifier dora, head": (classifier, {"dora": True, "targets": ["value"], "train_modules": ["classifier"]}),
+    "classifier lora bias, head": (
+        classifier,
+        {"targets": ["value"], "lora_bias": True, "train_modules": ["classifier"]},
+    ),
+    "t5 all linear": (tiny_t5, {}),
+    "t5 excluded": (tiny_t5, {"targets": ["q", "k", "v", "o"], "exclude": r".*EncDecAttention\..*"}),
+    "t5 rslora, patterns": (tiny_t5, {"targets": ["q", "wo"], "rslora": True, "rank_pattern": {"wo": 7}}),
     "t5 dora": (tiny_t5, {"dora": True, "targets": ["q", "v", "wi", "wo"]}),
 }
 FROM_PEFT = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "exclude": "exclude_modules",
@@ -274,7 +349,7 @@ def test_missing_and_pickled_files_are_told_apart(saved, tmp_path_factory):
         load(tiny_llama(), tmp_path_factory.mktemp("empty"))
     (saved / "adapter_model.safetensors").unlink()
     (saved / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(FileNotFoundError, match=r"holds no adapter_model.safetensors.* a pickle and is not read"):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_model.safetensors.* a pickle: allow_bin=True reads"):
         load(tiny_llama(), saved)
     (saved / "adapter_config.json").write_text("[" * 100_000)
     save_file({"x": torch.zeros(1)}, saved / "adapter_model.safetensors")
@@ -381,3 +456,37 @@ def test_loading_draws_nothing_and_a_failure_keeps_what_was_trained(saved):
         load(model, saved)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_a_pickled_file_is_read_when_asked_for_and_makes_tensors_only(saved, capsys):
+    tensors = load_file(saved / "adapter_model.safetensors")
+    (saved / "adapter_model.safetensors").unlink()
+    torch.save(tensors, saved / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="allow_bin=True reads its tensors"):
+        load(tiny_llama(), saved)
+    assert load(tiny_llama(), saved, allow_bin=True).loaded == len(tensors)
+    torch.save(list(tensors.values()), saved / "adapter_model.bin")
+    with pytest.raises(ValueError, match="holds no dictionary of tensors"):
+        load(tiny_llama(), saved, allow_bin=True)
+    torch.save(tensors | {"x": Harmful()}, saved / "adapter_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        load(tiny_llama(), saved, allow_bin=True)
+    assert "run" not in capsys.readouterr().out
+
+
+def test_a_model_whose_names_have_changed_takes_the_file_by_rename(saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({key.replace("model.layers", "language_model.blocks"): t for key, t in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"4 missing: .*; 4 unexpected: .*language_model\.blocks"):
+        load(tiny_llama(), saved)
+    assert load(tiny_llama(), saved, rename={r"language_model\.blocks": "model.layers"}).loaded == 4
+    with pytest.raises(ValueError, match=r"rename: 'nothing' matches no tensor"):
+        load(tiny_llama(), saved, rename={"nothing": "model"})
+    with pytest.raises(ValueError, match=r"gives several tensors of .* the same name"):
+        load(tiny_llama(), saved, rename={r".*lora_A.*": "one"})
