@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from llmtune.adapters.autocast import autocast_dtype, no_autocast
 from llmtune.adapters.formula import Knobs, decomposed, formula, low_rank_change
+from llmtune.adapters.kept import made, makings
 from llmtune.adapters.products import times
 from llmtune.adapters.seeded_dropout import seeded_dropout
 
@@ -151,12 +152,13 @@ class _LoRALinear(torch.autograd.Function):
         else:
             out, turned = decomposed(plain, bias, change, m / norm)
             kept = turned if m.requires_grad else None
-        ctx.save_for_backward(x, weight, bias, a, b, m, norm, kept)
+        ctx.save_for_backward(*makings(x), weight, bias, a, b, m, norm, kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        saved = ctx.saved_tensors  # read once: checkpointing gives them out a single time
+        left, right, *others = ctx.saved_tensors  # read once: checkpointing gives them out a single time
+        saved = (made(left, right), *others)
         if torch.is_grad_enabled():
             *inputs, norm, _ = saved
             wanted, knobs = ctx.needs_input_grad, ctx.knobs
@@ -185,13 +187,14 @@ class _LoRAAdded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, knobs: Knobs) -> Tensor:
         ctx.knobs = knobs
-        ctx.save_for_backward(x, a, b)
+        ctx.save_for_backward(*makings(x), a, b)
         change = F.linear(_pushed(x, a, knobs), b.to(knobs.work)).mul_(knobs.scaling)
         return (result + change).to(result.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        x, a, b = ctx.saved_tensors
+        left, right, a, b = ctx.saved_tensors
+        x = made(left, right)
         wanted = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
 
