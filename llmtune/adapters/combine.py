@@ -81,7 +81,7 @@ def combine(
         new_name: the new adapter's name.
         method: "cat", "linear", "svd", "ties", "dare" or "magnitude_prune".
         rank: of "svd" and those after it; left out, the largest that one of the adapters has at the module. A module
-            whose smaller side is less gets that.
+            whose smaller side, or sum of ranks under "svd", is less gets that.
         density: of "ties", "dare" and "magnitude_prune": the share of entries kept, above 0 and at most 1.
         generator: what "dare" draws from.
 

@@ -29,15 +29,15 @@ def parameter_groups(
     Weight decay goes to tensors of two or more dimensions, embeddings among them; not to biases and norms, nor to other
     vectors such as DoRA's magnitudes. A table that is a bias (T5's relative_attention_bias) counts as one.
 
-    Layer decay (Clark et al., "ELECTRA" (2020), appendix A) lowers the rate from the top of a stack of L layers down:
-    what lies above the layers (a last norm, a pooler, a head) has the full rate, layer n has layer_decay^(L - n) of it,
-    embeddings layer_decay^(L + 1). It goes by the numbers in names like `layers.3.` or `h.3.`, frozen layers included;
-    an encoder and a decoder are counted each by itself.
+    Layer decay (Clark et al., "ELECTRA" (2020), in the fine-tuning details) lowers the rate from the top of a stack of
+    L layers down: what lies above the layers (a last norm, a pooler, a head) has the full rate, layer n has
+    layer_decay^(L - n) of it, embeddings layer_decay^(L + 1). It goes by the numbers in names like `layers.3.` or
+    `h.3.`, frozen layers included; an encoder and a decoder are counted each by itself.
 
-    LoRA+ (Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024), section 4) gives B, which starts
-    at zero, a higher rate than A; they recommend 16 times. In an embedding it is A that starts at zero, so A gets the
-    higher rate there. PEFT's `create_loraplus_optimizer` gives both of an embedding's a rate of their own (1e-6 unless
-    it is set), and the ratio to all vectors; here vectors keep the rate.
+    LoRA+ (Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024)) gives B, which starts at zero, a
+    higher rate than A; they recommend 16 times. In an embedding it is A that starts at zero, so A gets the higher rate
+    there. PEFT's `create_loraplus_optimizer` gives both of an embedding's a rate of their own (1e-6 unless it is set),
+    and the ratio to all vectors; here vectors keep the rate.
 
     Args:
         model: any module, with or without adapters and wrappers; its parameters may be on the meta device.
