@@ -93,7 +93,7 @@ def combine(
             would not look at it; "cat" or "linear" is asked for a change of full rank (DoRA's); an adapter trains
             copies of whole modules, of which there can be one only; a tensor is not finite. The model is then as it
             was.
-        TypeError: an adapter changes what LoRA does not go to.
+        TypeError: an adapter changes what LoRA does not go to; or as `attach`.
 
     Example:
         >>> from llmtune.adapters import LoRA, attach, combine
@@ -105,7 +105,7 @@ def combine(
         adapter "both": 0.7 * "maths" + -0.2 * "french" (cat)
         2 modules, rank 8, exact; off until set_active(model, "both")
     """
-    model = unwrap(model)
+    wrapped, model = model, unwrap(model)
     names = [names] if isinstance(names, str) else list(names)
     factors = dict(zip(names, _checked_weights(names, weights), strict=True))
     _check_names(model, names, new_name)
@@ -119,7 +119,7 @@ def combine(
         own = [(w, bias) for w, layer in layers if (bias := change_of_bias(layer)) is not None]
         made.lora_biases |= {place: merged(own, merge)} if own else {}
         made.biases |= {place: merged(biases, merge)} if biases else {}
-    _attach_off(model, _config(model, names, new_name, made), new_name)
+    _attach_off(wrapped, _config(model, names, new_name, made), new_name)
     _fill(model, new_name, made)
     ranks = {place: part.left.shape[1] for place, part in made.weights.items()}
     return CombineReport(new_name, factors, method, ranks, {place: part.error for place, part in made.weights.items()})
@@ -248,7 +248,7 @@ def _targets(places: Mapping[str, nn.Module], adapted: Mapping[str, LowRank]) ->
 
 def _attach_off(model: nn.Module, config: LoRA, name: str) -> None:
     """Attach an adapter that is neither on nor trained, and leave what is trained and the random state as they were."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in unwrap(model).parameters()]
     devices = {parameter.device for parameter, _ in flags if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         attach(model, config, name)

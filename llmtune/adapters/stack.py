@@ -46,7 +46,7 @@ class AdapterStack:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"a stack of adapters is a module's; got {type(model).__name__}")
-        self.model = unwrap(model)
+        self.model = model  # as it came, for attach refuses what comes after DistributedDataParallel
 
     @property
     def names(self) -> list[str]:
@@ -102,7 +102,7 @@ class AdapterStack:
             raise ValueError("there is no adapter to merge: start the first task with start(config, name)")
         last = self.names[-1]
         record = record_of(self.model, last)
-        with trial(self.model):
+        with trial(unwrap(self.model)):
             if not keep_base and last not in record.merged:
                 detach(self.model, last)
             attach(self.model, config, name)

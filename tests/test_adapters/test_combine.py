@@ -311,10 +311,10 @@ def test_names_that_are_ends_of_others_stay_apart(tmp_path):
     again = make()
     load(again, save(model, tmp_path, "both"), "both")
     torch.testing.assert_close(again(x), expected, rtol=1e-5, atol=1e-5)
-    attach(model, LoRA(rank=2, alpha=3, targets=r"1\.0"), "third")
+    attach(model, LoRA(rank=4, alpha=3, targets=r"1\.0"), "third")
     move(model, "third")
     report = combine(model, ["one", "other", "third"], [1, 1, 1], new_name="all")
-    assert report.ranks == {"0": 3, "1.0": 2, "1.1": 1}
+    assert report.ranks == {"0": 3, "1.0": 4, "1.1": 1}
     expected = model(x)
     set_active(model, "all")
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)

@@ -14,12 +14,14 @@ from llmtune.adapters import (
     adapter_names,
     adapter_parameters,
     attach,
+    combine,
     detach,
     load,
     merge,
     unmerge,
 )
 from llmtune.adapters.attach import record_of
+from llmtune.adapters.trial import trial
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama
 
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -210,6 +212,28 @@ def test_what_cannot_be_done_changes_nothing(config, name, options, message):
     assert record_of(stack.model, "first").flags == flags
 
 
+def test_a_trial_puts_everything_back():
+    model = stacked(active=("default", "third")).model
+    before, expected, modules = state(model), output(model), list(model.named_modules())
+    record = record_of(model, "second")
+    inside = copy.deepcopy(vars(record))
+
+    def fail_half_way():
+        with trial(model):
+            for name in ("default", "third", "second"):
+                detach(model, name)
+            attach(model, Q, "other")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
+    unchanged(model, before)
+    assert torch.equal(output(model), expected)
+    assert list(model.named_modules()) == modules
+    assert record_of(model, "second") is record
+    assert vars(record) == inside
+
+
 def test_the_refusals_of_the_verbs_come_through():
     with pytest.raises(TypeError, match="a stack of adapters is a module's; got str"):
         AdapterStack("model")
@@ -232,6 +256,26 @@ def test_the_refusals_of_the_verbs_come_through():
     with pytest.raises(ValueError, match='adapter "second" is switched off, and merging it would change'):
         stack.merge_and_start(V, "third")
     assert stack.names == ["second"]
+
+
+@pytest.mark.parametrize("merging", [False, True])
+def test_wrapped_models(merging):
+    stack = AdapterStack(torch.compile(tiny_llama(), backend="eager"))
+    stack.start(Q, "first")
+    (stack.merge_and_start if merging else stack.start)(V, "second")
+    assert stack.trained == ["second"]
+    wrapped = nn.parallel.DistributedDataParallel.__new__(
+        nn.parallel.DistributedDataParallel
+    )  # without a process group
+    nn.Module.__init__(wrapped)
+    wrapped.module = stack.model._orig_mod
+    parallel = AdapterStack(wrapped)
+    before = state(wrapped)
+    with pytest.raises(TypeError, match="DistributedDataParallel does not see parameters that come later"):
+        (parallel.merge_and_start if merging else parallel.start)(Q, "third")
+    with pytest.raises(TypeError, match="DistributedDataParallel does not see parameters that come later"):
+        combine(wrapped, ["second"], [0.5], new_name="third")
+    unchanged(wrapped, before)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
