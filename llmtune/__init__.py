@@ -34,6 +34,7 @@ __all__ = [
     "losses",
     "merge",
     "metrics",
+    "optim",
     "pack",
     "quickstart",
     "save",
@@ -41,6 +42,7 @@ __all__ = [
     "testing",
     "training",
     "types",
+    "weights",
 ]
 
 # Where an everyday name lives; every other public name is a sub-package or module.
@@ -74,10 +76,12 @@ if TYPE_CHECKING:  # what type checkers and editors see; below, what happens
         layers,
         losses,
         metrics,
+        optim,
         quickstart,
         testing,
         training,
         types,
+        weights,
     )
     from llmtune.adapters import LoRA, attach, detach, disabled, load, merge, save
     from llmtune.attention import scaled_dot_product_attention

@@ -1,6 +1,7 @@
 """Adapters: small trained changes beside a frozen model, put on, switched, merged, saved, taken off without a trace."""
 
 from llmtune.adapters.attach import active, adapter_names, adapter_parameters, attach, detach, disabled, set_active
+from llmtune.adapters.combine import combine
 from llmtune.adapters.config import DoRA, LoRA
 from llmtune.adapters.dora import DoRAConv1D, DoRALinear, row_norms
 from llmtune.adapters.files import load, save
@@ -12,13 +13,16 @@ from llmtune.adapters.lora_embedding import LoRAEmbedding
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.reach import check_gradients
 from llmtune.adapters.record import AdapterConfig
-from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
+from llmtune.adapters.report import AttachReport, CombineReport, LoadReport, MergeReport, trainable_summary
+from llmtune.adapters.stack import AdapterStack
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
+    "AdapterStack",
     "AttachReport",
+    "CombineReport",
     "DoRA",
     "DoRAConv1D",
     "DoRALinear",
@@ -35,6 +39,7 @@ __all__ = [
     "adapter_parameters",
     "attach",
     "check_gradients",
+    "combine",
     "detach",
     "disabled",
     "load",

@@ -16,7 +16,7 @@ from llmtune.adapters.report import AttachReport
 from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
 
-_ATTRIBUTE = "_llmtune_adapters"
+ATTRIBUTE = "_llmtune_adapters"
 
 
 @dataclass
@@ -29,12 +29,14 @@ class Record:
             by place, adapter and local name).
         merged: the adapters that stand in the base's weights, in the order in which they were merged.
         kept: for each of these, what `unmerge` puts back.
+        folded: those merged for good, of which the weights are all that is left.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     flags: dict[str, dict[str, bool]] = field(default_factory=dict)
     merged: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+    folded: list[str] = field(default_factory=list)
 
 
 def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> AttachReport:
@@ -87,7 +89,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
     _put(model, layers)
     if record is None:
         record = Record()
-        setattr(model, _ATTRIBUTE, record)
+        setattr(model, ATTRIBUTE, record)
     record.configs[name], record.flags[name] = config, flags
     return AttachReport.of(model, name, plan)
 
@@ -129,7 +131,7 @@ def forget(model: nn.Module, name: str) -> None:
         for key, parameter in _flagged(model):
             parameter.requires_grad_(flags.get(key, parameter.requires_grad))
     if not record.configs:
-        delattr(model, _ATTRIBUTE)
+        delattr(model, ATTRIBUTE)
 
 
 def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
@@ -240,7 +242,7 @@ def record_of(model: nn.Module, name: str) -> Record:
 
 
 def _record(model: nn.Module) -> Record | None:
-    return getattr(model, _ATTRIBUTE, None)
+    return getattr(model, ATTRIBUTE, None)
 
 
 def _flagged(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -84,6 +84,7 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
         record.kept[name] = (list(kept.items()), untied_config)
     else:
         detach(model, name)
+        record.folded.append(name)
     return report
 
 

@@ -119,3 +119,39 @@ class MergeReport(_Shown):
         untied = f"; untied: {', '.join(self.untied)}" if self.untied else ""
         merged = f'adapter "{self.name}" merged into {len(self.parameters)} parameters'
         return f"{merged}, {kept}; rounding at most {self.largest_rounding:.3g}{untied}"
+
+
+@dataclass(frozen=True)
+class CombineReport(_Shown):
+    """What `combine` did.
+
+    Attributes:
+        name: the new adapter.
+        weights: the adapters it is made of, and their weights.
+        method: how.
+        ranks: the rank of each module's change, by the module's name.
+        errors: how far each is from what the method asks for before it is brought down to that rank: the Frobenius norm
+            of the difference over that of the change; 0 where nothing was cut off.
+    """
+
+    name: str
+    weights: dict[str, float]
+    method: str
+    ranks: dict[str, int]
+    errors: dict[str, float]
+
+    @property
+    def largest_error(self) -> float:
+        """The largest of the errors."""
+        return max(self.errors.values())
+
+    def __str__(self) -> str:
+        made = " + ".join(f'{weight:g} * "{name}"' for name, weight in self.weights.items())
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
+        place = max(self.errors, key=self.errors.__getitem__)
+        lost = f"relative error at most {self.largest_error:.3g} ({place})" if self.largest_error else "exact"
+        return (
+            f'adapter "{self.name}": {made} ({self.method})\n{len(self.ranks)} modules, {ranks}, {lost}; '
+            f'off until set_active(model, "{self.name}")'
+        )

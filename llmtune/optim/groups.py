@@ -1,0 +1,116 @@
+"""Which parameters get which learning rate and weight decay: decay, layer-wise rates, LoRA+."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from llmtune.optim.depth import steps_below_top
+
+BIAS = re.compile(r"(?:^|[._])bias(?![a-z])")
+# What starts at zero in LoRA: B, and of an embedding A. The second way of writing is PEFT's.
+ZERO_AT_START = re.compile(r"(?:^|\.)(?:lora_b|lora_B\.\w+\.weight|lora_embedding_A\.\w+)$")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    lora_plus_ratio: float | None = None,
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups for any torch optimizer, each in exactly one.
+
+    rate = learning_rate * layer_decay^(steps below the top) * (lora_plus_ratio for B, else 1)
+
+    Weight decay goes to tensors of two or more dimensions, embeddings among them; not to biases and norms, nor to other
+    vectors such as DoRA's magnitudes. A table that is a bias (T5's relative_attention_bias) counts as one.
+
+    Layer decay (Clark et al., "ELECTRA" (2020), in the fine-tuning details) lowers the rate from the top of a stack of
+    L layers down: what lies above the layers (a last norm, a pooler, a head) has the full rate, layer n has
+    layer_decay^(L - n) of it, embeddings layer_decay^(L + 1). It goes by the numbers in names like `layers.3.` or
+    `h.3.`, frozen layers included; an encoder and a decoder are counted each by itself.
+
+    LoRA+ (Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models" (2024)) gives B, which starts at zero, a
+    higher rate than A; they recommend 16 times. In an embedding it is A that starts at zero, so A gets the higher rate
+    there. PEFT's `create_loraplus_optimizer` gives both of an embedding's a rate of their own (1e-6 unless it is set),
+    and the ratio to all vectors; here vectors keep the rate.
+
+    Args:
+        model: any module, with or without adapters and wrappers; its parameters may be on the meta device.
+        learning_rate: above 0.
+        weight_decay: of the groups that have one, at least 0.
+        layer_decay: above 0 and at most 1; None for one rate at every depth.
+        lora_plus_ratio: how many times A's rate B has, above 0; None for the same.
+
+    Returns:
+        Dicts with "name", "params", "lr" and "weight_decay"; no group is empty. A parameter that is tied to another
+        comes once, under its first name.
+
+    Raises:
+        ValueError: a number is out of its range; nothing requires a gradient; there is a `layer_decay` and no name has
+            a layer number; there is a `lora_plus_ratio` and no B is trained.
+
+    Example:
+        >>> import torch
+        >>> from llmtune.testing.models import tiny_llama
+        >>> groups = parameter_groups(tiny_llama(), learning_rate=1e-3, weight_decay=0.1, layer_decay=0.5)
+        >>> for group in groups:
+        ...     print(group["name"], group["lr"], group["weight_decay"], len(group["params"]))
+        model.embeddings.decay 0.000125 0.1 1
+        model.layers.0.decay 0.00025 0.1 7
+        model.layers.0.no_decay 0.00025 0.0 2
+        model.layers.1.decay 0.0005 0.1 7
+        model.layers.1.no_decay 0.0005 0.0 2
+        top.no_decay 0.001 0.0 1
+        top.decay 0.001 0.1 1
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    _check("learning_rate", learning_rate, learning_rate > 0, "above 0")
+    _check("weight_decay", weight_decay, weight_decay >= 0, "of at least 0")
+    if layer_decay is not None:
+        _check("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1")
+    if lora_plus_ratio is not None:
+        _check("lora_plus_ratio", lora_plus_ratio, lora_plus_ratio > 0, "above 0")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient: attach an adapter, or unfreeze what to train")
+    faster = set() if lora_plus_ratio is None else _zero_at_start(model, trained)
+    steps = {} if layer_decay is None else steps_below_top(model)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        where, below = steps.get(name, ("", 0))
+        decays = parameter.ndim >= 2 and not BIAS.search(name)
+        rate = learning_rate * (layer_decay or 1.0) ** below * ((lora_plus_ratio or 1.0) if name in faster else 1.0)
+        parts = (where, "lora_b" if name in faster else "", "decay" if decays else "no_decay")
+        label = ".".join(filter(None, parts))
+        group = {"name": label, "params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault(label, group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _check(name: str, value: float, fits: bool, wanted: str) -> None:
+    if isinstance(value, bool) or not fits or value == float("inf"):
+        raise ValueError(f"{name} must be a number {wanted}; got {value!r}")
+
+
+def _zero_at_start(model: nn.Module, trained: dict[str, nn.Parameter]) -> set[str]:
+    """Return the names of the trained tensors that LoRA starts at zero."""
+    embeddings = {place for place, module in model.named_modules() if hasattr(module, "num_embeddings")}
+
+    def starts_at_zero(name: str) -> bool:
+        place, _, local = name.rpartition(".")
+        if place in embeddings and local in ("lora_a", "lora_b"):
+            return local == "lora_a"
+        return ZERO_AT_START.search(name) is not None
+
+    found = {name for name in trained if starts_at_zero(name)}
+    if not found:
+        raise ValueError(
+            "lora_plus_ratio is for LoRA's B (parameters called lora_b), and no such parameter is trained here: attach "
+            "a LoRA first, or leave lora_plus_ratio out"
+        )
+    return found
