@@ -121,16 +121,17 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place
     """Return for each parameter a function that gives its merged value in float32, all checked."""
     by_place: dict[Place, list[tuple[AdapterLayer, str]]] = defaultdict(list)
     readers = {
-        id(bare_module(layer)): layer.adapter_name
+        id(bare_module(layer)): layer
         for layer in adapter_layers(model)
         if layer.reads_weight and not layer.merged and layer.adapter_name != name
     }
     for layer in dict.fromkeys(adapter_layers(model, name)):
         bare = bare_module(layer)
-        if id(bare) in readers and not isinstance(layer, TrainedBias):
+        reader = readers.get(id(bare))
+        if reader is not None and (reader.reads_bias or not isinstance(layer, TrainedBias)):
             raise ValueError(
-                f'adapter "{readers[id(bare)]}" is made for the weights as they are, and "{name}" would change '
-                f'them under it: merge "{readers[id(bare)]}" first'
+                f'adapter "{reader.adapter_name}" is made for the weights as they are, and "{name}" would change '
+                f'them under it: merge "{reader.adapter_name}" first'
             )
         deltas = layer.deltas()
         if not deltas:

@@ -75,6 +75,11 @@ class AdapterConfig:
             raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
         return cls(**{key: _from_json(value) for key, value in settings.items()}), ()
 
+    def spare_tensors(self, model: nn.Module, name: str) -> frozenset[str]:
+        """Return the names of those of an attached adapter's tensors that a file of this record need not hold, because
+        the record alone gives them again."""
+        return frozenset()
+
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
         """Raise where tensors saved with this record would mean something else in an adapter attached with another.
 
