@@ -6,6 +6,7 @@ from llmtune.adapters.dora import DoRAConv1D, DoRALinear, row_norms
 from llmtune.adapters.files import load, save
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
+from llmtune.adapters.ia3 import IA3, IA3Linear, ia3_scale
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
@@ -14,12 +15,14 @@ from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, train
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 
 __all__ = [
+    "IA3",
     "AdapterConfig",
     "AdapterLayer",
     "AttachReport",
     "DoRA",
     "DoRAConv1D",
     "DoRALinear",
+    "IA3Linear",
     "LoRA",
     "LoRAConv1D",
     "LoRAEmbedding",
@@ -34,6 +37,7 @@ __all__ = [
     "attach",
     "detach",
     "disabled",
+    "ia3_scale",
     "load",
     "lora_change",
     "lora_linear",

@@ -52,6 +52,13 @@ def matching(
     return found
 
 
+def names(patterns: str | Sequence[str], name: str) -> bool:
+    """Return whether the patterns, one regular expression or suffixes as in `matching`, name a module."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(ends_in(name, suffix) for suffix in patterns)
+
+
 def pattern_value(name: str, patterns: Mapping[str, Any], otherwise: Any) -> Any:
     """Return the value of the first pattern that the end of `name` matches, PEFT's rule for rank and alpha patterns."""
     for pattern, value in patterns.items():
