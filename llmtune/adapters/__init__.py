@@ -13,6 +13,8 @@ from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
+from llmtune.adapters.vera import SharedProjections, VeRALinear, draw_projections, vera_linear
+from llmtune.adapters.vera_config import VeRA
 
 __all__ = [
     "IA3",
@@ -29,14 +31,18 @@ __all__ = [
     "LoRALinear",
     "LoadReport",
     "MergeReport",
+    "SharedProjections",
     "TrainedBias",
     "TrainedCopy",
+    "VeRA",
+    "VeRALinear",
     "active",
     "adapter_names",
     "adapter_parameters",
     "attach",
     "detach",
     "disabled",
+    "draw_projections",
     "ia3_scale",
     "load",
     "lora_change",
@@ -47,4 +53,5 @@ __all__ = [
     "set_active",
     "trainable_summary",
     "unmerge",
+    "vera_linear",
 ]

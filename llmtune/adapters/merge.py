@@ -67,8 +67,9 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
         kept[place] = (parameter, parameter.detach().cpu().clone() if keep_base else None)
         if place in shared:
             _set(place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-            for flags in record.flags.values():
-                flags.setdefault(names[place], flags.get(first_names[id(parameter)], parameter.requires_grad))
+            for bare in (names[other] for other in names if other == place or _parameter(other) is parameter):
+                for flags in record.flags.values():
+                    flags.setdefault(bare, flags.get(first_names[id(parameter)], parameter.requires_grad))
         exact = merged()
         _parameter(place).copy_(exact)
         rounding = max(rounding, float((_parameter(place).to(exact.dtype) - exact).abs().max()))

@@ -242,7 +242,7 @@ def test_what_a_record_does_not_take(make, error, message):
         (
             IA3(targets=["k_proj", "down_proj"], feedforward=["dwn_proj"]),
             ValueError,
-            'feedforward: "dwn_proj" matches no module\'s name or its end among the modules adapted. Did you mean "down',
+            'feedforward: "dwn_proj" matches no module\'s name or its end among the modules adapted. Did you mean',
         ),
         (
             IA3(targets=["k_proj"], feedforward=["up_proj"]),
