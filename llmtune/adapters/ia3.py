@@ -238,7 +238,11 @@ class IA3(AdapterConfig):
         return replace(config, feedforward=feedforward), (*idle, *(f"feedforward_modules {end}" for end in unused))
 
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
-        """Raise where the attached adapter scales inputs in other places; see `AdapterConfig.check_attached`."""
+        """Raise where the attached adapter scales inputs in other places.
+
+        Raises:
+            ValueError: so it does, or they are of different methods; see `AdapterConfig.check_attached`.
+        """
         super().check_attached(model, name, attached, source=source)
         for place, layer in _layers(model, name):
             if layer.feedforward != names(self.feedforward, place):

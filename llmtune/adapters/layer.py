@@ -65,7 +65,7 @@ class AdapterLayer(nn.Module):
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """Return (left, right, scaling) with `deltas()["weight"] == scaling * left @ right`, or None where there is no
-        such form. left [rows, r] and right [r, columns] are views of the trained tensors and carry gradient."""
+        such form. left [rows, r] and right [r, columns] carry gradient to the trained tensors."""
         return None
 
     def file_tensors(self, place: str) -> dict[str, Tensor]:

@@ -240,8 +240,8 @@ class VeRALinear(AdapterLayer):
         return lora_added(self.base(x), x, a, _scaled(b, self.lambda_d, self.lambda_b), scaling=1.0, dropout_p=p)
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
-        """Return (left, right, 1): the weight's change is left @ right; see `AdapterLayer`. Of the two, what is made of
-        B carries gradient."""
+        """Return (left [rows, r], right [r, columns], 1): the weight's change is left @ right; see `AdapterLayer`. Of
+        the two, what is made of B carries gradient."""
         a, b = self.parts()
         b = _scaled(b, self.lambda_d, self.lambda_b)
         return (a.T, b.T, 1.0) if is_conv1d(self) else (b, a, 1.0)

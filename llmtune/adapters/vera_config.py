@@ -156,8 +156,11 @@ class VeRA(AdapterConfig):
         return fitted(config, model)
 
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
-        """Raise where the file leaves A and B to a seed that those of the attached adapter are not from; see
-        `AdapterConfig.check_attached`."""
+        """Raise where the file leaves A and B to a seed that the attached ones are not from.
+
+        Raises:
+            ValueError: so it is, or they are of different methods; see `AdapterConfig.check_attached`.
+        """
         super().check_attached(model, name, attached, source=source)
         if not self.save_projection and not self.spare_tensors(model, name):
             raise ValueError(
