@@ -5,16 +5,16 @@
 
 encoder: TREC's questions, six classes, on MiniLM-L6 with a new classifier; accuracy on 250 test questions.
 decoder: Alpaca's rows on SmolLM2-135M-Instruct; loss per token on rows held out.
-pair:    English words, spelled by a transliteration model that has only ever read Arabic; share of words spelled right.
+pair:    English words, spelled by a transliteration model that has only ever read Arabic; share spelled right.
 
-Every method runs at the learning rates of its table below, each a third of a decade or more apart; the rate is chosen by
-rows held out for that, on the first seed, and the figure is that of the test rows. One JSON file a run in `--runs`; a
-run that is there is not repeated. `--write` puts the summary into results/methods.json.
+Every method runs at the learning rates of `method_table.py`, about half a decade apart; the rate is chosen by rows held
+out for that, on the first seed, and the figure is that of the test rows. One JSON file a run in `--runs`; a run that is
+there is not repeated. `--write` puts the summary into results/methods.json.
 
 `--models` holds folders minilm-l6-v2 (huggingface.co/sentence-transformers/all-MiniLM-L6-v2), smollm2-135m-instruct
 (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) and aren-transliteration (the model of CTranslate2's tests).
-`--data` holds trec6 (Li and Roth's questions), alpaca_en_demo (Stanford Alpaca's rows) and multi30k (its English captions), as
-JSONL files.
+`--data` holds trec6 (Li and Roth's questions), alpaca_en_demo (Stanford Alpaca's rows) and multi30k (its English
+captions), as JSONL files.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def encoder(models: Path, data: Path) -> Task:
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(names))
 
     return Task(
-        make, rows(train[:480]), rows(train[480:730]), rows(test[:250]), accuracy, float.__gt__, classification_loss, 90, 16
+        make, rows(train[:480]), rows(train[480:730]), rows(test[:250]), accuracy, float.__gt__, classification_loss,
+        90, 16,
     )  # fmt: skip
 
 

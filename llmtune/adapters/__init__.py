@@ -7,6 +7,7 @@ from llmtune.adapters.dora import DoRAConv1D, DoRALinear, row_norms
 from llmtune.adapters.files import load, save
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
+from llmtune.adapters.ia3 import IA3, IA3Linear, ia3_scale
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
 from llmtune.adapters.lora_embedding import LoRAEmbedding
@@ -16,8 +17,11 @@ from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, CombineReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.stack import AdapterStack
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
+from llmtune.adapters.vera import SharedProjections, VeRALinear, draw_projections, vera_linear
+from llmtune.adapters.vera_config import VeRA
 
 __all__ = [
+    "IA3",
     "AdapterConfig",
     "AdapterLayer",
     "AdapterStack",
@@ -26,14 +30,18 @@ __all__ = [
     "DoRA",
     "DoRAConv1D",
     "DoRALinear",
+    "IA3Linear",
     "LoRA",
     "LoRAConv1D",
     "LoRAEmbedding",
     "LoRALinear",
     "LoadReport",
     "MergeReport",
+    "SharedProjections",
     "TrainedBias",
     "TrainedCopy",
+    "VeRA",
+    "VeRALinear",
     "active",
     "adapter_names",
     "adapter_parameters",
@@ -42,6 +50,8 @@ __all__ = [
     "combine",
     "detach",
     "disabled",
+    "draw_projections",
+    "ia3_scale",
     "load",
     "lora_change",
     "lora_linear",
@@ -51,4 +61,5 @@ __all__ = [
     "set_active",
     "trainable_summary",
     "unmerge",
+    "vera_linear",
 ]

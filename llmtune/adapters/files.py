@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
 
     model = unwrap(model)
     config = record_of(model, name).configs[name]
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name).items()}
+    found, spare = _tensors(model, name), config.spare_tensors(model, name)
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in found.items() if key not in spare}
     empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: gather the model's shards before saving")
@@ -116,7 +117,7 @@ def load(
     else:
         config.check_attached(model, name, record_of(model, name).configs[name], source=folder)
     try:
-        report = _fill(model, name, tensors, strict=strict, source=folder)
+        report = _fill(model, name, tensors, spare=config.spare_tensors(model, name), strict=strict, source=folder)
     except BaseException:
         if fresh:
             detach(model, name)
@@ -169,14 +170,16 @@ def _folder_of(folder: Path, name: str) -> Path:
     return folder
 
 
-def _fill(model: nn.Module, name: str, tensors: dict[str, Tensor], *, strict: bool, source: Path) -> LoadReport:
+def _fill(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], *, spare: Collection[str], strict: bool, source: Path
+) -> LoadReport:
     own = _tensors(model, name)
     tensors = {key: tensor for key, tensor in tensors.items() if not _is_base_weight(model, key, tensor)}
     wrong = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
     report = LoadReport(
         name=name,
         loaded=len(own.keys() & tensors.keys()) - len(wrong),
-        missing=tuple(key for key in own if key not in tensors),
+        missing=tuple(key for key in own if key not in tensors and key not in spare),
         unexpected=tuple(key for key in tensors if key not in own),
         mismatched=tuple(
             f"{k} {tuple(tensors[k].shape)} in the file, {tuple(own[k].shape)} in the model" for k in wrong

@@ -28,6 +28,7 @@ class AdapterLayer(nn.Module):
     """
 
     reads_weight = False  # whether what it adds depends on the bare weight, so that nobody may write to that under it
+    reads_bias = False  # whether it depends on the bare bias as well
 
     def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class AdapterLayer(nn.Module):
 
     def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
         """Return (left, right, scaling) with `deltas()["weight"] == scaling * left @ right`, or None where there is no
-        such form. left [rows, r] and right [r, columns] are views of the trained tensors and carry gradient."""
+        such form. left [rows, r] and right [r, columns] carry gradient to the trained tensors."""
         return None
 
     def file_tensors(self, place: str) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmtune.adapters.dora import DoRAConv1D, DoRALinear
 from llmtune.adapters.initialise import check_orthogonal_rank, reads_weight
@@ -15,7 +14,7 @@ from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, nam
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear, LowRankLayer, lora_scaling
 from llmtune.adapters.lora_embedding import LoRAEmbedding
 from llmtune.adapters.plan import Build, Plan, plan_targets
-from llmtune.adapters.targets import check_patterns_used, is_conv1d, pattern_value
+from llmtune.adapters.targets import check_called, check_patterns_used, is_conv1d, pattern_value
 
 if TYPE_CHECKING:
     from llmtune.adapters.config import LoRA
@@ -86,11 +85,7 @@ def _builder(place: str, module: nn.Module, *, config: LoRA, name: str) -> Build
             f"{place} is a {type(bare_module(module)).__name__}: LoRA goes to linear layers, Conv1D and embeddings. "
             "Name it in train_modules to train it whole, or narrow the targets"
         )
-    if isinstance(bare_module(module), NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"{place} belongs to nn.MultiheadAttention, which takes its weight without calling it, so an adapter there "
-            "would do nothing: exclude it"
-        )
+    check_called(place, module)
     if config.decomposes:
         if kind is LoRAEmbedding:
             raise TypeError(f"{place} is an embedding: DoRA goes to linear layers and Conv1D. Narrow the targets")

@@ -67,8 +67,9 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
         kept[place] = (parameter, parameter.detach().cpu().clone() if keep_base else None)
         if place in shared:
             _set(place, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
-            for flags in record.flags.values():
-                flags.setdefault(names[place], flags.get(first_names[id(parameter)], parameter.requires_grad))
+            for bare in (names[other] for other in names if other == place or _parameter(other) is parameter):
+                for flags in record.flags.values():
+                    flags.setdefault(bare, flags.get(first_names[id(parameter)], parameter.requires_grad))
         exact = merged()
         _parameter(place).copy_(exact)
         rounding = max(rounding, float((_parameter(place).to(exact.dtype) - exact).abs().max()))
@@ -122,16 +123,17 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place
     """Return for each parameter a function that gives its merged value in float32, all checked."""
     by_place: dict[Place, list[tuple[AdapterLayer, str]]] = defaultdict(list)
     readers = {
-        id(bare_module(layer)): layer.adapter_name
+        id(bare_module(layer)): layer
         for layer in adapter_layers(model)
         if layer.reads_weight and not layer.merged and layer.adapter_name != name
     }
     for layer in dict.fromkeys(adapter_layers(model, name)):
         bare = bare_module(layer)
-        if id(bare) in readers and not isinstance(layer, TrainedBias):
+        reader = readers.get(id(bare))
+        if reader is not None and (reader.reads_bias or not isinstance(layer, TrainedBias)):
             raise ValueError(
-                f'adapter "{readers[id(bare)]}" is made for the weights as they are, and "{name}" would change '
-                f'them under it: merge "{readers[id(bare)]}" first'
+                f'adapter "{reader.adapter_name}" is made for the weights as they are, and "{name}" would change '
+                f'them under it: merge "{reader.adapter_name}" first'
             )
         deltas = layer.deltas()
         if not deltas:

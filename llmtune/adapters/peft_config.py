@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`, written from a LoRA record and read back into one."""
+"""PEFT's `adapter_config.json`, written from a LoRA record and read back into one, and what other methods' share."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers
 from llmtune.adapters.initialise import reads_weight
-from llmtune.adapters.layer import bare_module, named_places
-from llmtune.adapters.lora import LowRankLayer
+from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
+from llmtune.adapters.plan import Targeted
 from llmtune.adapters.record import Targets
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
-from llmtune.adapters.trained_copy import TrainedCopy
+from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 
 if TYPE_CHECKING:
     from llmtune.adapters.config import LoRA
+
+Record = TypeVar("Record", bound=Targeted)
 
 # What PEFT writes for a plain LoRA beside the entries that a record decides. Another value than these asks for a method
 # or an option that is not offered here, and is refused by name.
@@ -43,6 +45,7 @@ OWN = {
 }  # fmt: skip
 # How PEFT drew the start, without touching the base: of no consequence once the tensors are read.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
+PATTERNS = ("rank_pattern", "alpha_pattern")
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
@@ -56,34 +59,54 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         name: its name.
     """
     config = _with_start(config)
-    kind = type(model)
-    task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
-    transposed = [is_conv1d(layer) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
-    excludes = config.exclude if isinstance(config.exclude, str) else sorted(config.exclude)
-    entries = PLAIN | {
+    own = {
         "alpha_pattern": dict(config.alpha_pattern),
-        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": config.train_bias,
-        "exclude_modules": excludes or None,
-        "fan_in_fan_out": bool(transposed) and all(transposed),
-        "inference_mode": True,
+        "exclude_modules": written_exclude(config),
         "init_lora_weights": True if config.initialise == "kaiming" else config.initialise,
         "lora_alpha": config.alpha,
         "lora_bias": config.lora_bias,
         "lora_dropout": config.dropout,
         "megatron_core": "megatron.core",
-        "modules_to_save": _copied(model, name) or None,
-        "peft_type": "LORA",
         "r": config.rank,
         "rank_pattern": dict(config.rank_pattern),
-        "revision": None,
-        "target_modules": _written_targets(model, config, name),
-        "task_type": task,
         "use_dora": config.decomposes,
         "use_rslora": config.rslora,
     }
-    return dict(sorted(entries.items()))
+    return dict(sorted((PLAIN | common_entries(model, config, name, config.peft_type) | own).items()))
+
+
+def common_entries(
+    model: nn.Module, config: Targeted, name: str, peft_type: str, *, excludes: bool = True
+) -> dict[str, Any]:
+    """Return the entries of `adapter_config.json` that PEFT's methods for named modules have in common.
+
+    Args:
+        model: the model the adapter is attached to.
+        config: its record.
+        name: its name.
+        peft_type: PEFT's name of the method.
+        excludes: whether the method has "exclude_modules" in PEFT; where not, the targets are written out.
+    """
+    kind = type(model)
+    task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
+    transposed = [is_conv1d(layer) for layer in _method_layers(model, name)]
+    return {
+        "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "fan_in_fan_out": bool(transposed) and all(transposed),
+        "inference_mode": True,
+        "modules_to_save": _copied(model, name) or None,
+        "peft_type": peft_type,
+        "revision": None,
+        "target_modules": _written_targets(model, config, name, excludes=excludes),
+        "task_type": task,
+    }
+
+
+def written_exclude(config: Targeted) -> str | list[str] | None:
+    """Return the entry "exclude_modules" for a record."""
+    return (config.exclude if isinstance(config.exclude, str) else sorted(config.exclude)) or None
 
 
 def _with_start(config: LoRA) -> LoRA:
@@ -128,8 +151,8 @@ def read_lora(
     config = make(
         rank=read.get("r", 8),
         alpha=read.get("lora_alpha", 8),
-        targets=_names(read.get("target_modules") or ()),
-        exclude=_names(read.get("exclude_modules") or ()),
+        targets=as_targets(read.get("target_modules") or ()),
+        exclude=as_targets(read.get("exclude_modules") or ()),
         dropout=read.get("lora_dropout", 0.0),
         rslora=read.get("use_rslora", False),
         lora_bias=read.get("lora_bias", False),
@@ -141,7 +164,7 @@ def read_lora(
         train_modules=tuple(read.get("modules_to_save") or ()),
         dtype=next((tensor.dtype for key, tensor in tensors.items() if ".lora_" in key), torch.float32),
     )
-    return _fitted(config, model)
+    return fitted(config, model)
 
 
 def check_entries(read: Mapping[str, Any], own: Collection[str], plain: Mapping[str, Any]) -> None:
@@ -161,7 +184,8 @@ def check_entries(read: Mapping[str, Any], own: Collection[str], plain: Mapping[
             raise ValueError(f"{key}={json.dumps(value)} asks for something that is not offered here")
 
 
-def _names(value: Any) -> Targets:
+def as_targets(value: Any) -> Targets:
+    """Return an entry that names modules as a record takes it: a string, or a tuple of suffixes."""
     return value if isinstance(value, str) else tuple(value)
 
 
@@ -171,10 +195,14 @@ def _copied(model: nn.Module, name: str) -> list[str]:
     return sorted(place for place, module in named_places(model) if id(bare_module(module)) in copied)
 
 
-def _fitted(config: LoRA, model: nn.Module) -> tuple[LoRA, tuple[str, ...]]:
+def fitted(config: Record, model: nn.Module) -> tuple[Record, tuple[str, ...]]:
     """Return the record without the patterns that match nothing on the model, and those patterns.
 
     Where no target matches anything they are all left, and attaching says so.
+
+    Args:
+        config: a record as read from PEFT's entries; its rank_pattern and alpha_pattern too, where it has them.
+        model: the model it is for.
     """
     places = dict(named_places(model))
     names = [place for place in places if place]
@@ -196,19 +224,20 @@ def _fitted(config: LoRA, model: nn.Module) -> tuple[LoRA, tuple[str, ...]]:
     ends = used("modules_to_save", config.train_modules, names, lambda end, name: name.endswith(end))
     copied = [name for name in names if any(name.endswith(end) for end in ends)]
     adapted = [name for name in found if name not in out and not inside(name, copied)]
-    ranks = used("rank_pattern", tuple(config.rank_pattern), adapted, fits)
-    alphas = used("alpha_pattern", tuple(config.alpha_pattern), adapted, fits)
+    patterns: dict[str, Any] = {key: getattr(config, key) for key in PATTERNS if hasattr(config, key)}
+    for key, given in patterns.items():
+        patterns[key] = {pattern: given[pattern] for pattern in used(key, tuple(given), adapted, fits)}
     if len(adapted) < len(found) - len(out):  # PEFT quietly leaves out what lies in modules_to_save
         kept, excluding = adapted, []
         targets = ()
-    return replace(
-        config,
+    fitting = replace(
+        cast(Any, config),
         targets=targets if isinstance(targets, str) else tuple(kept),
         exclude=config.exclude if excluding and isinstance(config.exclude, str) else tuple(excluding),
         train_modules=tuple(copied),
-        rank_pattern={pattern: config.rank_pattern[pattern] for pattern in ranks},
-        alpha_pattern={pattern: config.alpha_pattern[pattern] for pattern in alphas},
-    ), tuple(idle)
+        **patterns,
+    )
+    return fitting, tuple(idle)
 
 
 def _rule(patterns: Targets) -> Callable[[str, str], bool]:
@@ -217,13 +246,15 @@ def _rule(patterns: Targets) -> Callable[[str, str], bool]:
     return lambda pattern, name: ends_in(name, pattern)
 
 
-def _written_targets(model: nn.Module, config: LoRA, name: str) -> str | list[str]:
+def _method_layers(model: nn.Module, name: str) -> list[AdapterLayer]:
+    return [layer for layer in adapter_layers(model, name) if not isinstance(layer, TrainedBias | TrainedCopy)]
+
+
+def _written_targets(model: nn.Module, config: Targeted, name: str, *, excludes: bool) -> str | list[str]:
     """Return targets that mean the same modules to PEFT; "all-linear" is written out, as PEFT does."""
-    if isinstance(config.targets, str) and config.targets != ALL_LINEAR:
-        return config.targets
-    if config.targets != ALL_LINEAR:
-        return sorted(config.targets)
-    adapted = {id(bare_module(layer)) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)}
+    if config.targets != ALL_LINEAR and (excludes or not config.exclude):
+        return config.targets if isinstance(config.targets, str) else sorted(config.targets)
+    adapted = {id(bare_module(layer)) for layer in _method_layers(model, name)}
     places = {place: id(bare_module(module)) in adapted for place, module in named_places(model) if place}
     full = sorted(place for place, is_adapted in places.items() if is_adapted)
     ends = sorted({place.rsplit(".", 1)[-1] for place in full})

@@ -75,6 +75,11 @@ class AdapterConfig:
             raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
         return cls(**{key: _from_json(value) for key, value in settings.items()}), ()
 
+    def spare_tensors(self, model: nn.Module, name: str) -> frozenset[str]:
+        """Return the names of those of an attached adapter's tensors that a file of this record need not hold, because
+        the record alone gives them again."""
+        return frozenset()
+
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
         """Raise where tensors saved with this record would mean something else in an adapter attached with another.
 
@@ -103,13 +108,18 @@ def check_names(targets: Targets, exclude: Targets = (), train_modules: Sequence
     """
     if isinstance(train_modules, str):
         raise TypeError(f"train_modules must be a list of suffixes; got the string {train_modules!r}")
-    for name, value in (("targets", targets), ("exclude", exclude)):
-        try:
-            re.compile(value) if isinstance(value, str) else [re.compile(part) for part in value]
-        except (TypeError, re.error) as error:
-            raise ValueError(f"{name} must be suffixes or one regular expression; got {value!r}: {error}") from error
+    check_expressions("targets", targets)
+    check_expressions("exclude", exclude)
     if not targets and not train_modules:
         raise ValueError('targets names no module: give suffixes, a regular expression, or "all-linear"')
+
+
+def check_expressions(name: str, value: Any) -> None:
+    """Raise ValueError where `value` is neither suffixes nor one regular expression."""
+    try:
+        re.compile(value) if isinstance(value, str) else [re.compile(part) for part in value]
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{name} must be suffixes or one regular expression; got {value!r}: {error}") from error
 
 
 def check_whole(name: str, value: Any) -> None:

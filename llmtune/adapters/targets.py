@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmtune.adapters.layer import bare_module
 from llmtune.errors import did_you_mean
@@ -19,13 +20,16 @@ def ends_in(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def matching(patterns: str | Sequence[str], names: Sequence[str], *, what: str) -> dict[str, list[str]]:
+def matching(
+    patterns: str | Sequence[str], names: Sequence[str], *, what: str, where: str = "in this model"
+) -> dict[str, list[str]]:
     """Return the names each pattern matches: a string is a regular expression for whole names, others are suffixes.
 
     Args:
         patterns: one regular expression, or suffixes.
         names: the dotted names of the model's modules.
         what: the argument the patterns came in, for the sentence.
+        where: what the names are those of, for the sentence.
 
     Raises:
         ValueError: a pattern matches no name; names the nearest.
@@ -44,8 +48,15 @@ def matching(patterns: str | Sequence[str], names: Sequence[str], *, what: str) 
                     f'do end in it: give the list ["{pattern}"]'
                 )
             kind = "no module's whole name" if isinstance(patterns, str) else "no module's name or its end"
-            raise ValueError(f'{what}: "{pattern}" matches {kind} in this model.{did_you_mean(pattern, _ends(names))}')
+            raise ValueError(f'{what}: "{pattern}" matches {kind} {where}.{did_you_mean(pattern, _ends(names))}')
     return found
+
+
+def names(patterns: str | Sequence[str], name: str) -> bool:
+    """Return whether the patterns, one regular expression or suffixes as in `matching`, name a module."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(ends_in(name, suffix) for suffix in patterns)
 
 
 def pattern_value(name: str, patterns: Mapping[str, Any], otherwise: Any) -> Any:
@@ -106,6 +117,41 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(
         f"{kind.__module__}.{kind.__name__}" == "transformers.pytorch_utils.Conv1D" for kind in type(bare).__mro__
     )
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in, out) where the bare module maps [..., in] to [..., out] and says so, as `nn.Linear`, GPT-2's Conv1D
+    and anything with `in_features` and `out_features`; else None."""
+    bare: Any = bare_module(module)
+    if is_conv1d(bare):
+        return tuple(bare.weight.shape)
+    sizes = (getattr(bare, "in_features", None), getattr(bare, "out_features", None))
+    return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
+
+
+def check_linear(place: str, module: nn.Module, method: str) -> None:
+    """Raise TypeError where the module is none that a method for linear layers can go to.
+
+    Args:
+        place: its bare name.
+        module: what stands there.
+        method: the method's name, for the sentence.
+    """
+    if linear_sizes(module) is None:
+        raise TypeError(
+            f"{place} is a {type(bare_module(module)).__name__}: {method} goes to linear layers and Conv1D. Name it in "
+            "train_modules to train it whole, or narrow the targets"
+        )
+    check_called(place, module)
+
+
+def check_called(place: str, module: nn.Module) -> None:
+    """Raise TypeError where the module's owner takes its weight without calling it."""
+    if isinstance(bare_module(module), NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"{place} belongs to nn.MultiheadAttention, which takes its weight without calling it, so an adapter there "
+            "would do nothing: exclude it"
+        )
 
 
 def inside(name: str, outer: Iterable[str]) -> bool:

@@ -106,17 +106,18 @@ class TrainedBias(AdapterLayer):
         return {"bias": self.trained_bias} if torch.equal(bare.bias, cast(Tensor, self.original)) else {}
 
 
-def check_first(base: nn.Module, method: str) -> None:
+def check_first(base: nn.Module, method: str, *, and_bias: bool = False) -> None:
     """Raise where a method that reads the bare weight would stand on another adapter; a `TrainedBias` may be there.
 
     Args:
         base: what the new layer would be put around.
         method: its name, for the sentence.
+        and_bias: whether the method reads the bare bias as well, so that no `TrainedBias` may be there.
 
     Raises:
         TypeError: another adapter stands there already.
     """
-    before = next((layer for layer in adapter_chain(base) if not isinstance(layer, TrainedBias)), None)
+    before = next((layer for layer in adapter_chain(base) if and_bias or not isinstance(layer, TrainedBias)), None)
     if before is not None:
         raise TypeError(
             f'{method} is made for the bare weight, but adapter "{before.adapter_name}" stands before it: '

@@ -9,12 +9,16 @@ import torch
 from torch import nn
 
 from llmtune.adapters import (
+    IA3,
     DoRA,
     DoRALinear,
+    IA3Linear,
     LoRA,
     LoRALinear,
     TrainedBias,
     TrainedCopy,
+    VeRA,
+    VeRALinear,
     adapter_parameters,
     attach,
     detach,
@@ -40,6 +44,11 @@ LAYERS = {
     "orthogonal": partial(LoRALinear, rank=4, alpha=5, initialise="orthogonal"),
     "pissa": partial(LoRALinear, rank=3, alpha=5, initialise="pissa"),
     "olora with bias": partial(LoRALinear, rank=3, alpha=5, initialise="olora", lora_bias=True),
+    "ia3": IA3Linear,
+    "ia3 of inputs": partial(IA3Linear, feedforward=True),
+    "vera": partial(VeRALinear, rank=3),
+    "vera wider than the layer": partial(VeRALinear, rank=17, d_initial=0.7, seed=3),
+    "vera with dropout": partial(VeRALinear, rank=5, dropout=0.4),
     "trained copy": TrainedCopy,
     "trained bias": TrainedBias,
 }
@@ -203,6 +212,20 @@ MODELS = {  # name: (model, record, *laws it is free of)
     "bert olora": (tiny_bert, lora(initialise="olora", dropout=0.2), "start to the digit"),
     "t5 orthogonal": (tiny_t5, LoRA(rank=4, alpha=5, initialise="orthogonal"), "start to the digit"),
     "t5 dora": (tiny_t5, dora(targets=r".*\.(q|v|wi|wo)")),
+    "llama ia3": (tiny_llama, IA3(targets=["k_proj", "v_proj", "down_proj"], feedforward=["down_proj"])),
+    "gpt2 ia3": (tiny_gpt2, IA3(targets=["c_attn", "mlp.c_proj"], feedforward=["mlp.c_proj"])),
+    "bert ia3": (tiny_bert, IA3(targets=["key", "value", "output.dense"], feedforward=["output.dense"])),
+    "bert ia3 classifier": (
+        partial(tiny_bert, labels=3),
+        IA3(targets=["key", "value"], train_modules=["classifier"]),
+    ),
+    "t5 ia3": (tiny_t5, IA3(targets=r".*\.(k|v|wo)", feedforward=["wo"])),
+    "llama vera": (tiny_llama, VeRA(rank=5, dropout=0.2)),
+    "llama tied vera": (partial(tiny_llama, tied=True), VeRA(rank=61, targets=["q_proj"], save_projection=False)),
+    "gpt2 vera": (tiny_gpt2, VeRA(rank=5, targets=["c_attn", "c_proj"])),
+    "gpt2 vera biases": (tiny_gpt2, VeRA(rank=5, targets=["c_fc"], train_bias="all")),
+    "bert vera biases": (tiny_bert, VeRA(rank=5, train_bias="vera_only", train_modules=["word_embeddings"])),
+    "t5 vera": (tiny_t5, VeRA(rank=5, targets=r".*\.(q|v|wi|wo)", save_projection=False, seed=7)),
     "t5 embeddings": (tiny_t5, lora(targets=["embed_tokens", "q"])),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
