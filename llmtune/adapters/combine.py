@@ -64,8 +64,8 @@ def combine(
     magnitude_prune  the nearest to sum_i w_i trim(D_i): of each D_i the largest entries, `density` of them
 
     PEFT's "linear", "ties", "dare_linear" and "magnitude_prune" sum, trim and drop A and B apart, and so mix B_i with
-    A_j; the last three here are what PEFT calls "..._svd". The first three write out no matrix, unless an adapter's
-    change has no low-rank form (DoRA's).
+    A_j; the last three here are what PEFT calls "..._svd", but that weights count in the vote of "ties". The first
+    three write out no matrix, unless an adapter's change has no low-rank form (DoRA's).
 
     The new adapter is a LoRA of scaling 1. As in PEFT it changes nothing until it is switched on: what the model gives
     and what is trained stay as they were, to the bit. `set_active(model, new_name)` switches it on and the others off;

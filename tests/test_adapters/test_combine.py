@@ -162,6 +162,30 @@ def test_ours_mixes_no_factors_and_peft_does():
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "theirs", "options", "weights"),
+    [
+        ("cat", "cat", {}, WEIGHTS),
+        ("svd", "svd", {"rank": 4}, WEIGHTS),
+        ("magnitude_prune", "magnitude_prune_svd", {"rank": 4, "density": 0.3}, WEIGHTS),
+        ("ties", "ties_svd", {"rank": 4, "density": 0.3}, [1.0, 1.0]),  # with other weights they vote unweighed
+    ],
+)
+def test_peft_agrees_where_it_works_on_the_changes(method, theirs, options, weights, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = two(*PAIRS["llama"])
+    for name in ("one", "other"):
+        save(model, tmp_path, name)
+    oracle = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "one", adapter_name="one")
+    oracle.load_adapter(tmp_path / "other", "other")
+    given = {{"rank": "svd_rank"}.get(name, name): value for name, value in options.items()}
+    oracle.add_weighted_adapter(["one", "other"], weights, "both", combination_type=theirs, **given)
+    combine(model, ["one", "other"], weights, new_name="both", method=method, **options)
+    for key, delta in deltas(model, "both").items():
+        layer = oracle.base_model.model.get_submodule(key.removesuffix(".weight"))
+        torch.testing.assert_close(delta.float(), layer.get_delta_weight("both"), rtol=1e-4, atol=1e-5)
+
+
 def test_combining_changes_nothing_that_is_there(pair):
     model = two(*pair)
     before, start = {name: t.clone() for name, t in model.state_dict().items()}, output(model)
