@@ -9,6 +9,7 @@ from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.parameters import LoRAParameter, changed_experts
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
@@ -24,6 +25,7 @@ __all__ = [
     "LoRAConv1D",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAParameter",
     "LoadReport",
     "MergeReport",
     "TrainedBias",
@@ -32,6 +34,7 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "attach",
+    "changed_experts",
     "detach",
     "disabled",
     "load",

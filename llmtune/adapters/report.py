@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from llmtune.adapters.parameter_plan import counted
+
 if TYPE_CHECKING:
     from llmtune.adapters.plan import Plan
 
@@ -37,6 +39,8 @@ class AttachReport(_Shown):
         biases: names of the modules whose bias is trained.
         heads: a classifier's heads left frozen.
         summary: the line of `trainable_summary`.
+        parameters: names of the parameters with a low-rank change of their own.
+        experts: names of stacked weights of experts that "all-linear" left frozen.
     """
 
     name: str
@@ -46,16 +50,20 @@ class AttachReport(_Shown):
     biases: tuple[str, ...]
     heads: tuple[str, ...]
     summary: str
+    parameters: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, name: str, plan: Plan) -> AttachReport:
         """Return the report of a plan that has been carried out."""
         parts = (tuple(plan.adapted), dict(plan.counts), tuple(plan.copied), tuple(plan.biases), tuple(plan.heads))
-        return cls(name, *parts, trainable_summary(model))
+        return cls(name, *parts, trainable_summary(model), tuple(plan.parameters), tuple(plan.experts))
 
     def __str__(self) -> str:
         patterns = ", ".join(f"{pattern} {count}" for pattern, count in self.counts.items())
         lines = [f'adapter "{self.name}": {len(self.modules)} modules' + (f" ({patterns})" if patterns else "")]
+        if self.parameters:
+            lines[0] += f", {len(self.parameters)} parameters ({counted(self.parameters)})"
         if self.copied:
             lines.append(f"trained whole, as copies: {', '.join(self.copied)}")
         if self.biases:
@@ -63,6 +71,9 @@ class AttachReport(_Shown):
         if self.heads:
             heads = ", ".join(self.heads)
             lines.append(f"frozen: {heads}; a head that starts at random must be named in train_modules")
+        if self.experts:
+            stacks = f"{len(self.experts)} parameters of experts ({counted(self.experts)})"
+            lines.append(f"frozen: {stacks}; LoRA changes those that target_parameters names")
         return "\n".join([*lines, self.summary])
 
 
