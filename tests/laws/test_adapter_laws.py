@@ -13,6 +13,7 @@ from llmtune.adapters import (
     DoRALinear,
     LoRA,
     LoRALinear,
+    LoRAParameter,
     TrainedBias,
     TrainedCopy,
     adapter_parameters,
@@ -26,7 +27,7 @@ from llmtune.adapters import (
 )
 from llmtune.errors import LawBroken
 from llmtune.testing.adapters import check_adapter
-from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_qwen3_moe, tiny_t5
 
 LAYERS = {
     "lora": partial(LoRALinear, rank=3, alpha=5),
@@ -37,6 +38,7 @@ LAYERS = {
     "two nested": lambda base: LoRALinear(LoRALinear(base, rank=2, alpha=3), rank=3, alpha=5, adapter_name="second"),
     "dora": partial(DoRALinear, rank=3, alpha=5),
     "dora with dropout": partial(DoRALinear, rank=2, alpha=7, dropout=0.4, rslora=True),
+    "lora of a parameter": partial(LoRAParameter, parameter="weight", rank=3, alpha=5),
     "trained copy": TrainedCopy,
     "trained bias": TrainedBias,
 }
@@ -188,6 +190,12 @@ MODELS = {  # name: (model, record, *laws it is free of)
     "bert dora": (tiny_bert, dora(rank_pattern={"query": 2})),
     "bert dora biases": (tiny_bert, dora(train_bias="lora_only")),
     "t5 dora": (tiny_t5, dora(targets=r".*\.(q|v|wi|wo)")),
+    "qwen3 experts": (tiny_qwen3_moe, lora(targets=(), target_parameters=["down_proj", "gate_up_proj"])),
+    "qwen3 experts and more": (
+        tiny_qwen3_moe,
+        lora(target_parameters=["experts.down_proj", "mlp.gate.weight"], rslora=True, train_modules=["lm_head"]),
+    ),
+    "gpt2 matrices": (tiny_gpt2, lora(targets=["c_fc"], target_parameters=["wpe.weight", "c_attn.weight"])),
     "t5 embeddings": (tiny_t5, lora(targets=["embed_tokens", "q"])),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
