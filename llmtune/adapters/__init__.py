@@ -8,8 +8,10 @@ from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
+from llmtune.adapters.memory import MemorySummary, memory_summary
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.parameters import LoRAParameter, changed_experts
+from llmtune.adapters.quantized import dequantized_weight, quantize, quantized_kind
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
@@ -27,6 +29,7 @@ __all__ = [
     "LoRALinear",
     "LoRAParameter",
     "LoadReport",
+    "MemorySummary",
     "MergeReport",
     "TrainedBias",
     "TrainedCopy",
@@ -35,12 +38,16 @@ __all__ = [
     "adapter_parameters",
     "attach",
     "changed_experts",
+    "dequantized_weight",
     "detach",
     "disabled",
     "load",
     "lora_change",
     "lora_linear",
+    "memory_summary",
     "merge",
+    "quantize",
+    "quantized_kind",
     "row_norms",
     "save",
     "set_active",

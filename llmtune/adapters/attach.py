@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_named_parameters, named_places
+from llmtune.adapters.quantized import allow_packing, keep_unpacked
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport
 from llmtune.errors import did_you_mean
@@ -29,12 +30,14 @@ class Record:
             by place, adapter and local name).
         merged: the adapters that stand in the base's weights, in the order in which they were merged.
         kept: for each of these, what `unmerge` puts back.
+        packed: names of the quantised layers that are kept from packing their weights while there are adapters.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     flags: dict[str, dict[str, bool]] = field(default_factory=dict)
     merged: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+    packed: list[str] = field(default_factory=list)
 
 
 def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> AttachReport:
@@ -81,6 +84,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
             raise ValueError(
                 "a target has been compiled by itself, and would run on as it is: attach before compiling it"
             )
+    packed = keep_unpacked(model)
     flags = {key: parameter.requires_grad for key, parameter in _flagged(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -89,6 +93,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
         record = Record()
         setattr(model, _ATTRIBUTE, record)
     record.configs[name], record.flags[name] = config, flags
+    record.packed += packed
     return AttachReport.of(model, name, plan)
 
 
@@ -129,6 +134,7 @@ def forget(model: nn.Module, name: str) -> None:
         for key, parameter in _flagged(model):
             parameter.requires_grad_(flags.get(key, parameter.requires_grad))
     if not record.configs:
+        allow_packing(model, record.packed)
         delattr(model, _ATTRIBUTE)
 
 

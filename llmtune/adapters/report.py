@@ -22,13 +22,15 @@ def trainable_summary(model: nn.Module) -> str:
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
 
 
-class _Shown:
+class Shown:
+    """A report that notebooks show as it prints."""
+
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
 @dataclass(frozen=True)
-class AttachReport(_Shown):
+class AttachReport(Shown):
     """What `attach` did.
 
     Attributes:
@@ -78,7 +80,7 @@ class AttachReport(_Shown):
 
 
 @dataclass(frozen=True)
-class LoadReport(_Shown):
+class LoadReport(Shown):
     """What `load` found.
 
     Attributes:
@@ -108,7 +110,7 @@ class LoadReport(_Shown):
 
 
 @dataclass(frozen=True)
-class MergeReport(_Shown):
+class MergeReport(Shown):
     """What `merge` did.
 
     Attributes:
@@ -117,6 +119,8 @@ class MergeReport(_Shown):
         kept_bytes: bytes of originals kept on the CPU for `unmerge`.
         largest_rounding: the largest distance of a merged entry from the exact sum, lost by rounding.
         untied: parameters that were given a copy of their own because they were tied.
+        dequantized: weights whose quantised layer has made place for a plain one.
+        added_bytes: how much more these take than before; what they replaced counts where it is kept.
     """
 
     name: str
@@ -124,9 +128,15 @@ class MergeReport(_Shown):
     kept_bytes: int
     largest_rounding: float
     untied: tuple[str, ...] = field(default=())
+    dequantized: tuple[str, ...] = field(default=())
+    added_bytes: int = 0
 
     def __str__(self) -> str:
         kept = f"{self.kept_bytes / 2**20:.1f} MiB of originals kept" if self.kept_bytes else "originals not kept"
         untied = f"; untied: {', '.join(self.untied)}" if self.untied else ""
         merged = f'adapter "{self.name}" merged into {len(self.parameters)} parameters'
-        return f"{merged}, {kept}; rounding at most {self.largest_rounding:.3g}{untied}"
+        lines = [f"{merged}, {kept}; rounding at most {self.largest_rounding:.3g}{untied}"]
+        if self.dequantized:
+            more = f"{self.added_bytes / 2**20:.1f} MiB more than before"
+            lines.append(f"{len(self.dequantized)} weights de-quantised, which take {more}")
+        return "\n".join(lines)
