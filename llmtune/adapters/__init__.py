@@ -11,7 +11,10 @@ from llmtune.adapters.ia3 import IA3, IA3Linear, ia3_scale
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
 from llmtune.adapters.lora_embedding import LoRAEmbedding
+from llmtune.adapters.memory import MemorySummary, memory_summary
 from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.parameters import LoRAParameter, changed_experts
+from llmtune.adapters.quantized import dequantized_weight, quantize, quantized_kind
 from llmtune.adapters.reach import check_gradients
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, CombineReport, LoadReport, MergeReport, trainable_summary
@@ -35,7 +38,9 @@ __all__ = [
     "LoRAConv1D",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRAParameter",
     "LoadReport",
+    "MemorySummary",
     "MergeReport",
     "SharedProjections",
     "TrainedBias",
@@ -46,8 +51,10 @@ __all__ = [
     "adapter_names",
     "adapter_parameters",
     "attach",
+    "changed_experts",
     "check_gradients",
     "combine",
+    "dequantized_weight",
     "detach",
     "disabled",
     "draw_projections",
@@ -55,7 +62,10 @@ __all__ = [
     "load",
     "lora_change",
     "lora_linear",
+    "memory_summary",
     "merge",
+    "quantize",
+    "quantized_kind",
     "row_norms",
     "save",
     "set_active",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_named_parameters, named_places
+from llmtune.adapters.quantized import allow_packing, keep_unpacked
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport
 from llmtune.errors import did_you_mean
@@ -30,6 +31,7 @@ class Record:
         merged: the adapters that stand in the base's weights, in the order in which they were merged.
         kept: for each of these, what `unmerge` puts back.
         folded: those merged for good, of which the weights are all that is left.
+        packed: names of the quantised layers that are kept from packing their weights while there are adapters.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
@@ -37,6 +39,7 @@ class Record:
     merged: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+    packed: list[str] = field(default_factory=list)
 
 
 def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> AttachReport:
@@ -83,6 +86,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
             raise ValueError(
                 "a target has been compiled by itself, and would run on as it is: attach before compiling it"
             )
+    packed = keep_unpacked(model)
     flags = {key: parameter.requires_grad for key, parameter in _flagged(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -91,6 +95,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
         record = Record()
         setattr(model, ATTRIBUTE, record)
     record.configs[name], record.flags[name] = config, flags
+    record.packed += packed
     return AttachReport.of(model, name, plan)
 
 
@@ -131,6 +136,7 @@ def forget(model: nn.Module, name: str) -> None:
         for key, parameter in _flagged(model):
             parameter.requires_grad_(flags.get(key, parameter.requires_grad))
     if not record.configs:
+        allow_packing(model, record.packed)
         delattr(model, ATTRIBUTE)
 
 

@@ -44,6 +44,10 @@ class LoRA(AdapterConfig):
         lora_bias: train a bias beside every B; raises where a target is an embedding.
         rank_pattern: another rank for the modules whose name ends in a pattern (a regular expression): {"q_proj": 4}.
         alpha_pattern: the same for alpha.
+        target_parameters: suffixes of parameters to change by themselves, which no linear layer owns: the stacked
+            weights of experts (["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]) or a matrix; see
+            `LoRAParameter`. They come beside the targets, which `targets=()` leaves out. No dropout and no lora_bias
+            then: the change is one of the weights, not of an output.
         initialise: "kaiming" or "gaussian" (B = 0, so the start is exact), "orthogonal", "pissa", "pissa_niter_4" (any
             number) or "olora"; see `llmtune.adapters.initialise`. Files of the last three hold twice the rank, since
             they take the start off.
@@ -69,6 +73,7 @@ class LoRA(AdapterConfig):
     initialise: str = "kaiming"
     train_bias: Literal["none", "lora_only", "all"] = "none"
     train_modules: Sequence[str] = ()
+    target_parameters: Sequence[str] = ()
     dtype: torch.dtype = torch.float32
     any_rank: bool = False
 
@@ -94,12 +99,22 @@ class LoRA(AdapterConfig):
         if self.train_bias not in ("none", "lora_only", "all"):
             raise ValueError(f'train_bias must be "none", "lora_only" or "all"; got {self.train_bias!r}')
         check_dtype(self.dtype)
-        check_names(self.targets, self.exclude, self.train_modules)
+        check_names(self.targets, self.exclude, self.train_modules, self.target_parameters)
+        self._check_target_parameters()
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+
+    def _check_target_parameters(self) -> None:
+        asked = {"dropout": self.dropout, "lora_bias": self.lora_bias, "DoRA": self.decomposes}
+        for what, value in asked.items() if self.target_parameters else ():
+            if value:
+                raise ValueError(
+                    f"{what} has no place with target_parameters, which change weights and not outputs: leave it out, "
+                    "or give the parameters an adapter of their own"
+                )
 
     def plan(self, model: nn.Module, name: str) -> Plan:
         """Work out the layers; see `AdapterConfig.plan`."""
@@ -131,11 +146,11 @@ class LoRA(AdapterConfig):
 class DoRA(LoRA):
     """DoRA on chosen linear layers of a model; see `DoRALinear` for the formula.
 
-    It takes what `LoRA` takes, but no `lora_bias`, and goes to linear layers and GPT-2's Conv1D alone. Dropout acts on
-    the way to A; PEFT's acts on the way to W as well.
+    It takes what `LoRA` takes, but no `lora_bias` and no `target_parameters`, and goes to linear layers and GPT-2's
+    Conv1D alone. Dropout acts on the way to A; PEFT's acts on the way to W as well.
 
     Raises:
-        ValueError, TypeError: as `LoRA`, and where `lora_bias` is asked for.
+        ValueError, TypeError: as `LoRA`, and where `lora_bias` or `target_parameters` is asked for.
     """
 
     decomposes: ClassVar[bool] = True

@@ -19,6 +19,7 @@ from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, plain_linear
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
+from llmtune.adapters.quantized import dequantized_weight, quantized_kind
 from llmtune.adapters.trained_copy import check_first
 
 
@@ -63,7 +64,8 @@ class DoRALinear(LoRALinear):
     autograd's noticing.
 
     Args:
-        base: the layer to adapt, with a floating weight [out, in]; a `TrainedBias` around it may have come before.
+        base: the layer to adapt, with a weight [out, in], floating or quantised (QDoRA); a `TrainedBias` around it may
+            have come before.
         rank, alpha, dropout, rslora, initialise, dtype, adapter_name: as for `LoRALinear`; dropout acts before A.
         lora_bias: must be False: the base's bias is outside of the decomposition.
 
@@ -71,7 +73,7 @@ class DoRALinear(LoRALinear):
         magnitude: m, [out], in at least float32 whatever `dtype` is, so that the start is exact.
 
     Raises:
-        TypeError: the base has no floating weight, or another adapter already stands there.
+        TypeError: the base has no such weight, or another adapter already stands there.
         ValueError: the rank or `initialise` is out of range, or `lora_bias` is asked for.
 
     Example:
@@ -94,8 +96,12 @@ class DoRALinear(LoRALinear):
         check_first(base, "DoRA")
         check_dora_start(initialise)
         bare: Any = bare_module(base)
-        if not isinstance(getattr(bare, "weight", None), Tensor) or not bare.weight.is_floating_point():
-            raise TypeError(f"DoRA needs a base with a floating weight; {type(bare).__name__} has none")
+        weight = getattr(bare, "weight", None)
+        if quantized_kind(bare) is None and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+            raise TypeError(
+                "DoRA needs a base with a floating weight, or one that bitsandbytes has quantised; "
+                f"{type(bare).__name__} has neither"
+            )
         super().__init__(
             base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, initialise=initialise, dtype=dtype,
             adapter_name=adapter_name,
@@ -109,7 +115,9 @@ class DoRALinear(LoRALinear):
             return row_norms(self.matrix(), self.lora_a, self.lora_b, self.factor())
 
     def matrix(self) -> Tensor:
-        """Return the bare weight as [out, in]."""
+        """Return the bare weight as [out, in]; of a quantised layer what its numbers stand for, in float32."""
+        if quantized_kind(bare_module(self)) is not None:
+            return dequantized_weight(bare_module(self))
         return self.weight.T if self.transposed else self.weight
 
     def forward(self, x: Tensor) -> Tensor:

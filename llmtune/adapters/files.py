@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_names, attach, detach, record_of
 from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, named_places
+from llmtune.adapters.parameters import LoRAParameter
 from llmtune.adapters.record import METHODS, OWN_TYPE, PEFT_TYPES, AdapterConfig
 from llmtune.adapters.report import LoadReport
 from llmtune.adapters.trained_copy import TrainedBias
@@ -211,17 +212,28 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
             bias = bare_module(module)._parameters.get("bias")
             if bias is not None:
                 biases.setdefault(id(bias), []).append(f"{PREFIX}{place}.bias")
+    around: dict[str, int] = {}  # how often PEFT has wrapped what stands around other modules
     for place, module in named_places(model):
         layers = [layer for layer in adapter_chain(module) if layer.adapter_name == name]
         for layer in layers:
-            tensors = layer.file_tensors(place)
+            tensors = layer.file_tensors(_wrapped(place, around))
             if isinstance(layer, TrainedBias):
                 others = biases.get(id(bare_module(layer)._parameters["bias"]), [])
                 tensors |= dict.fromkeys(others, layer.trained_bias)
                 if any(not isinstance(other, TrainedBias) for other in layers):  # PEFT has wrapped this module as well
                     tensors[f"{PREFIX}{place}.base_layer.bias"] = tensors.pop(f"{PREFIX}{place}.bias")
             found |= tensors
+        around[place] = sum(isinstance(layer, LoRAParameter) for layer in layers)
     return found
+
+
+def _wrapped(place: str, around: dict[str, int]) -> str:
+    """Return a module's name as PEFT writes it where modules around it have parameters adapted: ".base_layer" goes in
+    once for each."""
+    parts = place.split(".")
+    outer = [".".join(parts[: end + 1]) for end in range(len(parts) - 1)]
+    shown = [part + ".base_layer" * around.get(name, 0) for part, name in zip(parts, outer, strict=False)]
+    return ".".join([*shown, parts[-1]])
 
 
 def _read_entries(path: Path) -> dict[str, Any]:

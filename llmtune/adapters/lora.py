@@ -180,7 +180,10 @@ class LoRALinear(LowRankLayer):
         if not isinstance(getattr(bare, "in_features", None), int) or not isinstance(
             getattr(bare, "out_features", None), int
         ):
-            raise TypeError(f"LoRALinear needs a module with in_features and out_features; got {type(bare).__name__}")
+            raise TypeError(
+                f"LoRALinear needs a module with in_features and out_features; got {type(bare).__name__}. One that "
+                "maps [..., in] to [..., out] works once it has these two attributes"
+            )
         super().__init__(
             base, bare.in_features, bare.out_features, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora,
             lora_bias=lora_bias, initialise=initialise, dtype=dtype, adapter_name=adapter_name,

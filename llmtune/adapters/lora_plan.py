@@ -13,7 +13,9 @@ from llmtune.adapters.initialise import check_orthogonal_rank, reads_weight
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear, LowRankLayer, lora_scaling
 from llmtune.adapters.lora_embedding import LoRAEmbedding
-from llmtune.adapters.plan import Build, Plan, plan_targets
+from llmtune.adapters.parameter_plan import matching_parameters, named_locals
+from llmtune.adapters.parameters import LoRAParameter, check_parameter, sizes_of
+from llmtune.adapters.plan import Build, Plan, check_free, plan_targets
 from llmtune.adapters.targets import check_called, check_patterns_used, is_conv1d, pattern_value
 
 if TYPE_CHECKING:
@@ -37,9 +39,51 @@ def plan_lora(model: nn.Module, config: LoRA, name: str) -> Plan:
         model, config, name, adaptable=lambda module: _kind(module) is not None,
         build=partial(_builder, config=config, name=name), train_bias=config.train_bias,
     )  # fmt: skip
-    check_patterns_used(config.rank_pattern, plan.adapted, what="rank_pattern")
-    check_patterns_used(config.alpha_pattern, plan.adapted, what="alpha_pattern")
+    if config.target_parameters:
+        _add_parameters(model, config, name, plan)
+    adapted = [*plan.adapted, *plan.parameters]
+    check_patterns_used(config.rank_pattern, adapted, what="rank_pattern")
+    check_patterns_used(config.alpha_pattern, adapted, what="alpha_pattern")
     return plan
+
+
+def _add_parameters(model: nn.Module, config: LoRA, name: str, plan: Plan) -> None:
+    """Add a layer for each parameter that target_parameters names; those of one module nest in its own order, the first
+    innermost, whatever order they are named in: PEFT's files mean that order."""
+    if config.initialise not in ("kaiming", "gaussian"):
+        raise ValueError(f'initialise="{config.initialise}" is for linear layers, and target_parameters names others')
+    places = dict(named_places(model))
+    every = named_locals(places)
+    found = matching_parameters(config.target_parameters, every)
+    wanted = {parameter for some in found.values() for parameter in some}
+    plan.parameters = [parameter for parameter in every if parameter in wanted]
+    plan.experts = [parameter for parameter in plan.experts if parameter not in wanted]
+    owners = [every[parameter][0] for parameter in plan.parameters]
+    plan.heads = [place for place in plan.heads if place not in owners]
+    for index, parameter in enumerate(plan.parameters):
+        place, local = every[parameter]
+        if not place:
+            raise ValueError(
+                f"the model itself, a {type(model).__name__}, owns {parameter}: put it into a module (nn.Sequential), "
+                "or use LoRAParameter directly"
+            )
+        check_parameter(places[place], local, parameter)
+        rank = pattern_value(parameter, config.rank_pattern, config.rank)
+        largest = min(sizes_of(places[place], local)[1:])
+        if rank > largest and not config.any_rank:
+            raise ValueError(_too_large(rank, parameter, largest))
+        build = partial(
+            LoRAParameter, parameter=local, rank=rank,
+            alpha=pattern_value(parameter, config.alpha_pattern, config.alpha), rslora=config.rslora,
+            initialise=config.initialise, dtype=config.dtype, adapter_name=name,
+            outside=owners[index + 1 :].count(place),
+        )  # fmt: skip
+        plan.builders.append((place, build))
+    check_free(places, plan)
+
+
+def _too_large(rank: int, name: str, largest: int) -> str:
+    return f"the rank {rank} is larger than {name} allows: the smaller of its two sizes is {largest}"
 
 
 def check_same_scaling(model: nn.Module, config: LoRA, name: str, *, source: Path) -> None:
@@ -56,14 +100,15 @@ def check_same_scaling(model: nn.Module, config: LoRA, name: str, *, source: Pat
     """
     for place, module in named_places(model):
         for layer in adapter_chain(module):
-            if layer.adapter_name != name or not isinstance(layer, LowRankLayer):
+            if layer.adapter_name != name or not isinstance(layer, LowRankLayer | LoRAParameter):
                 continue
-            rank = pattern_value(place, config.rank_pattern, config.rank)
-            alpha = pattern_value(place, config.alpha_pattern, config.alpha)
+            what = f"{place}.{layer.parameter}" if isinstance(layer, LoRAParameter) else place
+            rank = pattern_value(what, config.rank_pattern, config.rank)
+            alpha = pattern_value(what, config.alpha_pattern, config.alpha)
             wanted = lora_scaling(alpha, rank, config.rslora)
             if rank == layer.rank and wanted != layer.scaling:
                 raise ValueError(
-                    f'the adapter in {source} scales {place} by {wanted:g}, the attached "{name}" by '
+                    f'the adapter in {source} scales {what} by {wanted:g}, the attached "{name}" by '
                     f"{layer.scaling:g}: detach it first, and loading attaches what the file describes"
                 )
 
@@ -96,7 +141,7 @@ def _builder(place: str, module: nn.Module, *, config: LoRA, name: str) -> Build
     alpha = pattern_value(place, config.alpha_pattern, config.alpha)
     largest = min(_sizes(bare_module(module)))
     if rank > largest and not config.any_rank:
-        raise ValueError(f"the rank {rank} is larger than {place} allows: the smaller of its two sizes is {largest}")
+        raise ValueError(_too_large(rank, place, largest))
     if kind is LoRAEmbedding and config.initialise not in ("kaiming", "gaussian"):
         raise ValueError(f'initialise="{config.initialise}" is for linear layers, and {place} is an embedding')
     if config.initialise == "orthogonal":

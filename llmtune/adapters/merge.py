@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers, detach, record_of
 from llmtune.adapters.layer import AdapterLayer, bare_module, bare_named_parameters, named_places
+from llmtune.adapters.merge_quantized import check_plain, is_quantised, plain_dtype, put_plain
+from llmtune.adapters.quantized import dequantized_weight, forget_quantization, stored_bytes
 from llmtune.adapters.report import MergeReport
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 from llmtune.modules import unwrap
@@ -18,7 +20,14 @@ Place = tuple[nn.Module, str]  # a bare module and the local name of one of its 
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, untie: bool = False) -> MergeReport:
+def merge(
+    model: nn.Module,
+    name: str = "default",
+    *,
+    keep_base: bool = True,
+    untie: bool = False,
+    dequantize: bool | torch.dtype = False,
+) -> MergeReport:
     """Fold an adapter into the weights: W + its change, in float32, rounded once to W's dtype.
 
     Args:
@@ -28,14 +37,18 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
             layers for good: with the last adapter gone the model is a plain one.
         untie: where a weight to be changed is tied to another (embedding and output head), give it storage of its own
             first. Without it such a weight raises.
+        dequantize: put a plain `nn.Linear` with the merged weight in the place of every quantised layer adapted, in
+            the dtype the weight had before it was quantised, or in the one given here. Merging into the quantised
+            weight itself would round most of the change away, so without this it raises. With keep_base the quantised
+            layers themselves are kept, where they lie.
 
     Returns:
         What was changed, the bytes kept, and the largest rounding.
 
     Raises:
-        ValueError: there is no such adapter; it is merged already; a weight is tied, or not floating (quantised); the
-            change is not finite or too large for the weight's dtype; a bias is trained where the base has none; the
-            adapter is switched off. Nothing has been changed then.
+        ValueError: there is no such adapter; it is merged already; a weight is tied, or quantised; the change is not
+            finite or too large for the weight's dtype; a bias is trained where the base has none; the adapter is
+            switched off. Nothing has been changed then.
     """
     model = unwrap(model)
     record = record_of(model, name)
@@ -51,7 +64,8 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
             "(set_active)"
         )
     names = _place_names(model)
-    changes = _changes(model, name, names)
+    changes = _changes(model, name, names, dequantize)
+    quantised = {place: changes.pop(place) for place in list(changes) if is_quantised(place)}
     tied = _tied(names)
     shared = [place for place in changes if place in tied]
     if shared and not untie:
@@ -73,19 +87,24 @@ def merge(model: nn.Module, name: str = "default", *, keep_base: bool = True, un
         exact = merged()
         _parameter(place).copy_(exact)
         rounding = max(rounding, float((_parameter(place).to(exact.dtype) - exact).abs().max()))
+    swaps, lost = put_plain(model, quantised, dequantize)
     untied_config = bool(shared) and _untie_config(model)
     for layer in adapter_layers(model, name):
         layer.merged = True
     report = MergeReport(
-        name, tuple(names[place] for place in kept), sum(t.nbytes for _, t in kept.values() if t is not None), rounding,
-        tuple(names[place] for place in shared),
+        name, tuple(names[place] for place in (*kept, *quantised)),
+        sum(t.nbytes for _, t in kept.values() if t is not None), max(rounding, lost),
+        tuple(names[place] for place in shared), tuple(names[place] for place in quantised),
+        sum(plain.weight.nbytes - (0 if keep_base else stored_bytes(old)) for _, old, plain in swaps),
     )  # fmt: skip
     if keep_base:
         record.merged.append(name)
-        record.kept[name] = (list(kept.items()), untied_config)
+        record.kept[name] = (list(kept.items()), untied_config, swaps)
     else:
         detach(model, name)
         record.folded.append(name)
+        if swaps:
+            forget_quantization(model)
     return report
 
 
@@ -106,7 +125,9 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
         raise ValueError(f'adapter "{name}" is not merged: there is nothing to take out')
     if record.merged[-1] != name:
         raise ValueError(f'adapter "{record.merged[-1]}" was merged after "{name}": unmerge that one first')
-    kept, untied_config = record.kept.pop(name)
+    kept, untied_config, swaps = record.kept.pop(name)
+    for holder, layer, _ in swaps:
+        holder.base = layer
     for place, (parameter, original) in kept:
         if _parameter(place) is not parameter:
             _set(place, parameter)
@@ -119,7 +140,7 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
         layer.merged = False
 
 
-def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place, Any]:
+def _changes(model: nn.Module, name: str, names: dict[Place, str], dequantize: bool | torch.dtype) -> dict[Place, Any]:
     """Return for each parameter a function that gives its merged value in float32, all checked."""
     by_place: dict[Place, list[tuple[AdapterLayer, str]]] = defaultdict(list)
     readers = {
@@ -143,7 +164,9 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place
             if place not in names:
                 raise ValueError(f'adapter "{name}" trains a {local} where the base {type(bare).__name__} has none')
             parameter = _parameter(place)
-            if not parameter.is_floating_point() or parameter.shape != delta.shape:
+            if is_quantised(place):
+                check_plain(bare, names[place], dequantize)
+            elif not parameter.is_floating_point() or parameter.shape != delta.shape:
                 raise ValueError(
                     f"{names[place]} is {tuple(parameter.shape)} of {parameter.dtype}: only a floating weight of shape "
                     f"{tuple(delta.shape)} can be merged into. De-quantise it first"
@@ -153,26 +176,30 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str]) -> dict[Place
             by_place[place].append((layer, local))
         if isinstance(layer, TrainedCopy):  # a norm's running statistics, say, have gone on with the copy
             by_place |= {_place(bare, local): [(layer, local)] for local, _ in layer.copy.named_buffers()}
-    changes = {place: _merged(_parameter(place), layers) for place, layers in by_place.items()}
+    changes = {place: _merged(place, layers) for place, layers in by_place.items()}
     for place, value in changes.items():
-        _check_fits(names[place], _parameter(place), value)
+        if is_quantised(place):
+            _check_fits(names[place], plain_dtype(place[0], model, dequantize), None, value)
+        else:
+            _check_fits(names[place], _parameter(place).dtype, _parameter(place), value)
     return changes
 
 
-def _check_fits(name: str, parameter: Tensor, value: Any) -> None:
+def _check_fits(name: str, dtype: torch.dtype, before: Tensor | None, value: Any) -> None:
     """Raise where the merged value is too large for a dtype with a smaller range than float32's."""
-    if parameter.is_floating_point() and torch.finfo(parameter.dtype).max < torch.finfo(torch.float32).max:
-        fits = value().to(parameter.dtype).isfinite() | ~parameter.isfinite()
-        if not bool(fits.all()):
-            raise ValueError(f"the merged {name} is too large for {parameter.dtype}: nothing has been merged")
+    if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(torch.float32).max:
+        fits = value().to(dtype).isfinite()
+        if not bool((fits if before is None else fits | ~before.isfinite()).all()):
+            raise ValueError(f"the merged {name} is too large for {dtype}: nothing has been merged")
 
 
-def _merged(parameter: Tensor, layers: list[tuple[AdapterLayer, str]]) -> Any:
+def _merged(place: Place, layers: list[tuple[AdapterLayer, str]]) -> Any:
     def value() -> Tensor:
         replaced = [layer.replacements()[local] for layer, local in layers if local in layer.replacements()]
         if replaced and len(layers) == 1:
             found = replaced[0]
             return found.to(torch.promote_types(found.dtype, torch.float32)) if found.is_floating_point() else found
+        parameter = dequantized_weight(place[0]) if is_quantised(place) else _parameter(place)
         wide = torch.promote_types(parameter.dtype, torch.float32)
         return parameter.to(wide) + sum(layer.deltas()[local].to(wide) for layer, local in layers)
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from llmtune.adapters.attach import adapter_layers
 from llmtune.adapters.initialise import reads_weight
 from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
+from llmtune.adapters.parameter_plan import named_locals
+from llmtune.adapters.parameters import LoRAParameter
 from llmtune.adapters.plan import Targeted
 from llmtune.adapters.record import Targets
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
@@ -31,7 +33,7 @@ PLAIN: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
     "eva_config": None, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
     "layers_to_transform": None, "loftq_config": {}, "lora_ga_config": None, "megatron_config": None,
-    "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None,
+    "monteclora_config": None, "qalora_group_size": 16, "trainable_token_indices": None,
     "use_bdlora": None, "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 # What says where an adapter came from, or how it is to be run, and changes nothing in its meaning.
@@ -41,7 +43,8 @@ ASIDE = {
 }  # fmt: skip
 OWN = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters", "use_dora",
+    "use_rslora",
 }  # fmt: skip
 # How PEFT drew the start, without touching the base: of no consequence once the tensors are read.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -70,6 +73,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "megatron_core": "megatron.core",
         "r": config.rank,
         "rank_pattern": dict(config.rank_pattern),
+        "target_parameters": list(config.target_parameters) or None,
         "use_dora": config.decomposes,
         "use_rslora": config.rslora,
     }
@@ -162,6 +166,7 @@ def read_lora(
         rank_pattern=read.get("rank_pattern") or {},
         alpha_pattern=read.get("alpha_pattern") or {},
         train_modules=tuple(read.get("modules_to_save") or ()),
+        target_parameters=tuple(read.get("target_parameters") or ()),
         dtype=next((tensor.dtype for key, tensor in tensors.items() if ".lora_" in key), torch.float32),
     )
     return fitted(config, model)
@@ -206,6 +211,7 @@ def fitted(config: Record, model: nn.Module) -> tuple[Record, tuple[str, ...]]:
     """
     places = dict(named_places(model))
     names = [place for place in places if place]
+    parameters = list(named_locals(places))
     idle: list[str] = []
 
     def used(key: str, given: Targets, among: Sequence[str], matches: Callable[[str, str], bool]) -> list[str]:
@@ -224,9 +230,13 @@ def fitted(config: Record, model: nn.Module) -> tuple[Record, tuple[str, ...]]:
     ends = used("modules_to_save", config.train_modules, names, lambda end, name: name.endswith(end))
     copied = [name for name in names if any(name.endswith(end) for end in ends)]
     adapted = [name for name in found if name not in out and not inside(name, copied)]
+    stacks = used("target_parameters", getattr(config, "target_parameters", ()), parameters, _ends)
+    changed = [*adapted, *(name for name in parameters if any(_ends(end, name) for end in stacks))]
     patterns: dict[str, Any] = {key: getattr(config, key) for key in PATTERNS if hasattr(config, key)}
     for key, given in patterns.items():
-        patterns[key] = {pattern: given[pattern] for pattern in used(key, tuple(given), adapted, fits)}
+        patterns[key] = {pattern: given[pattern] for pattern in used(key, tuple(given), changed, fits)}
+    if stacks:
+        patterns["target_parameters"] = tuple(stacks)
     if len(adapted) < len(found) - len(out):  # PEFT quietly leaves out what lies in modules_to_save
         kept, excluding = adapted, []
         targets = ()
@@ -243,11 +253,16 @@ def fitted(config: Record, model: nn.Module) -> tuple[Record, tuple[str, ...]]:
 def _rule(patterns: Targets) -> Callable[[str, str], bool]:
     if isinstance(patterns, str):
         return lambda pattern, name: re.fullmatch(pattern, name) is not None
-    return lambda pattern, name: ends_in(name, pattern)
+    return _ends
+
+
+def _ends(pattern: str, name: str) -> bool:
+    return ends_in(name, pattern)
 
 
 def _method_layers(model: nn.Module, name: str) -> list[AdapterLayer]:
-    return [layer for layer in adapter_layers(model, name) if not isinstance(layer, TrainedBias | TrainedCopy)]
+    others = TrainedBias | TrainedCopy | LoRAParameter
+    return [layer for layer in adapter_layers(model, name) if not isinstance(layer, others)]
 
 
 def _written_targets(model: nn.Module, config: Targeted, name: str, *, excludes: bool) -> str | list[str]:

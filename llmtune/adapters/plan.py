@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
+from llmtune.adapters.parameter_plan import frozen_experts
 from llmtune.adapters.record import Targets
 from llmtune.adapters.targets import ALL_LINEAR, inside, linear_places, matching, task_heads
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy, adds_bias_last
@@ -45,6 +46,8 @@ class Plan:
         copied: those trained whole, as copies.
         biases: those whose bias is trained.
         heads: heads outside a Hugging Face model's body that are neither; a new one starts at random.
+        parameters: the names of the parameters that get a layer of the method by themselves.
+        experts: those of experts that "all-linear" leaves out, since no linear layer owns them.
         builders: (place, function from the module there to the layer), in the order in which they are put on.
     """
 
@@ -53,6 +56,8 @@ class Plan:
     copied: list[str] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
     builders: list[tuple[str, Build]] = field(default_factory=list)
 
 
@@ -84,6 +89,7 @@ def plan_targets(
     plan = Plan()
     plan.copied = copied_places(config.train_modules, places)
     plan.adapted = _adapted(model, config, places, plan, adaptable)
+    plan.experts = frozen_experts(places, plan.copied) if config.targets == ALL_LINEAR else []
     _check_ties(places, plan.adapted)
     if train_bias != "none":
         plan.biases = _bias_places(train_bias, places, plan)
@@ -112,7 +118,7 @@ def finish(model: nn.Module, plan: Plan, name: str) -> None:
         ValueError: a module is taken, or named twice.
     """
     places = dict(named_places(model))
-    _check_free(places, plan)
+    check_free(places, plan)
     heads = {id(bare_module(head)) for head in task_heads(model)}
     plan.heads = [
         place
@@ -185,11 +191,21 @@ def _bias_places(train_bias: str, places: Mapping[str, nn.Module], plan: Plan) -
     return list(covered.values())
 
 
-def _check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
-    """A module trained whole runs instead of the base and all that is inside it, so it belongs to one adapter alone."""
+def check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
+    """Check that no module is adapted twice: one trained whole runs instead of the base and of all that is inside it,
+    so it belongs to one adapter alone.
+
+    Args:
+        places: the modules by bare name.
+        plan: with adapted, copied, biases and parameters filled in.
+
+    Raises:
+        ValueError: a module is taken, or named twice.
+    """
+    owners = [name.rpartition(".")[0] for name in plan.parameters]
     carrying = {place: chain for place, module in places.items() if (chain := adapter_chain(module))}
     whole = [place for place, chain in carrying.items() if any(isinstance(layer, TrainedCopy) for layer in chain)]
-    for place in (*plan.adapted, *plan.biases, *plan.copied):
+    for place in (*plan.adapted, *plan.biases, *plan.copied, *owners):
         taken = [other for other in whole if inside(place, [other])]
         if place in plan.copied:
             taken += [other for other in carrying if inside(other, [place])]
@@ -202,6 +218,11 @@ def _check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
     for place in plan.adapted:
         if inside(place, plan.copied):
             raise ValueError(f"{place} is named both in targets and in train_modules: exclude it from one of them")
+    for name, place in zip(plan.parameters, owners, strict=True):
+        if inside(place, plan.copied):
+            raise ValueError(f"{name} is named in target_parameters and its module in train_modules: leave one out")
+        if place in plan.adapted:
+            raise ValueError(f"{name} is named in target_parameters and its module in targets: leave one out")
     for place in plan.copied:
         outer = [other for other in plan.copied if other != place and inside(place, [other])]
         if outer:

@@ -99,18 +99,24 @@ class AdapterConfig:
             )
 
 
-def check_names(targets: Targets, exclude: Targets = (), train_modules: Sequence[str] = ()) -> None:
-    """Check what names modules in a record: suffixes or one regular expression; train_modules suffixes alone.
+def check_names(
+    targets: Targets,
+    exclude: Targets = (),
+    train_modules: Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
+) -> None:
+    """Check what names modules in a record: suffixes or one regular expression; the last two suffixes alone.
 
     Raises:
-        TypeError: train_modules is a string.
+        TypeError: train_modules or target_parameters is a string.
         ValueError: an expression is none, or nothing is named at all.
     """
-    if isinstance(train_modules, str):
-        raise TypeError(f"train_modules must be a list of suffixes; got the string {train_modules!r}")
+    for name, suffixes in (("train_modules", train_modules), ("target_parameters", target_parameters)):
+        if isinstance(suffixes, str):
+            raise TypeError(f"{name} must be a list of suffixes; got the string {suffixes!r}")
     check_expressions("targets", targets)
     check_expressions("exclude", exclude)
-    if not targets and not train_modules:
+    if not targets and not train_modules and not target_parameters:
         raise ValueError('targets names no module: give suffixes, a regular expression, or "all-linear"')
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from llmtune.adapters.parameter_plan import counted
+
 if TYPE_CHECKING:
     from llmtune.adapters.plan import Plan
 
@@ -20,13 +22,15 @@ def trainable_summary(model: nn.Module) -> str:
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
 
 
-class _Shown:
+class Shown:
+    """A report that notebooks show as it prints."""
+
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
 @dataclass(frozen=True)
-class AttachReport(_Shown):
+class AttachReport(Shown):
     """What `attach` did.
 
     Attributes:
@@ -37,6 +41,8 @@ class AttachReport(_Shown):
         biases: names of the modules whose bias is trained.
         heads: a classifier's heads left frozen.
         summary: the line of `trainable_summary`.
+        parameters: names of the parameters with a low-rank change of their own.
+        experts: names of stacked weights of experts that "all-linear" left frozen.
     """
 
     name: str
@@ -46,16 +52,20 @@ class AttachReport(_Shown):
     biases: tuple[str, ...]
     heads: tuple[str, ...]
     summary: str
+    parameters: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, name: str, plan: Plan) -> AttachReport:
         """Return the report of a plan that has been carried out."""
         parts = (tuple(plan.adapted), dict(plan.counts), tuple(plan.copied), tuple(plan.biases), tuple(plan.heads))
-        return cls(name, *parts, trainable_summary(model))
+        return cls(name, *parts, trainable_summary(model), tuple(plan.parameters), tuple(plan.experts))
 
     def __str__(self) -> str:
         patterns = ", ".join(f"{pattern} {count}" for pattern, count in self.counts.items())
         lines = [f'adapter "{self.name}": {len(self.modules)} modules' + (f" ({patterns})" if patterns else "")]
+        if self.parameters:
+            lines[0] += f", {len(self.parameters)} parameters ({counted(self.parameters)})"
         if self.copied:
             lines.append(f"trained whole, as copies: {', '.join(self.copied)}")
         if self.biases:
@@ -63,11 +73,14 @@ class AttachReport(_Shown):
         if self.heads:
             heads = ", ".join(self.heads)
             lines.append(f"frozen: {heads}; a head that starts at random must be named in train_modules")
+        if self.experts:
+            stacks = f"{len(self.experts)} parameters of experts ({counted(self.experts)})"
+            lines.append(f"frozen: {stacks}; LoRA changes those that target_parameters names")
         return "\n".join([*lines, self.summary])
 
 
 @dataclass(frozen=True)
-class LoadReport(_Shown):
+class LoadReport(Shown):
     """What `load` found.
 
     Attributes:
@@ -97,7 +110,7 @@ class LoadReport(_Shown):
 
 
 @dataclass(frozen=True)
-class MergeReport(_Shown):
+class MergeReport(Shown):
     """What `merge` did.
 
     Attributes:
@@ -106,6 +119,8 @@ class MergeReport(_Shown):
         kept_bytes: bytes of originals kept on the CPU for `unmerge`.
         largest_rounding: the largest distance of a merged entry from the exact sum, lost by rounding.
         untied: parameters that were given a copy of their own because they were tied.
+        dequantized: weights whose quantised layer has made place for a plain one.
+        added_bytes: how much more these take than before; what they replaced counts where it is kept.
     """
 
     name: str
@@ -113,16 +128,22 @@ class MergeReport(_Shown):
     kept_bytes: int
     largest_rounding: float
     untied: tuple[str, ...] = field(default=())
+    dequantized: tuple[str, ...] = field(default=())
+    added_bytes: int = 0
 
     def __str__(self) -> str:
         kept = f"{self.kept_bytes / 2**20:.1f} MiB of originals kept" if self.kept_bytes else "originals not kept"
         untied = f"; untied: {', '.join(self.untied)}" if self.untied else ""
         merged = f'adapter "{self.name}" merged into {len(self.parameters)} parameters'
-        return f"{merged}, {kept}; rounding at most {self.largest_rounding:.3g}{untied}"
+        lines = [f"{merged}, {kept}; rounding at most {self.largest_rounding:.3g}{untied}"]
+        if self.dequantized:
+            more = f"{self.added_bytes / 2**20:.1f} MiB more than before"
+            lines.append(f"{len(self.dequantized)} weights de-quantised, which take {more}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
-class CombineReport(_Shown):
+class CombineReport(Shown):
     """What `combine` did.
 
     Attributes:

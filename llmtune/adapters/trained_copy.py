@@ -18,10 +18,19 @@ class TrainedCopy(AdapterLayer):
         base: any module, for instance a classification head that starts at random.
         dtype: of the copy's floating parameters; None keeps the base's.
         adapter_name: the adapter the copy belongs to.
+
+    Raises:
+        TypeError: a parameter of it is not floating (quantised).
     """
 
     def __init__(self, base: nn.Module, *, dtype: torch.dtype | None = None, adapter_name: str = "default") -> None:
         super().__init__(base, adapter_name=adapter_name)
+        integral = next((p for p in bare_module(base).parameters() if not p.is_floating_point()), None)
+        if integral is not None:
+            raise TypeError(
+                f"a {type(bare_module(base)).__name__} with a weight of {integral.dtype} (quantised) cannot be trained "
+                "whole: leave it out of train_modules"
+            )
         self.copy = copy.deepcopy(bare_module(base)).requires_grad_(True)
         if dtype is not None:
             self.copy.to(dtype)

@@ -54,7 +54,12 @@ class EffectiveParameter:
         return total
 
     def check(self) -> None:
-        """Raise `ValueError` where an adapter changes a tied tensor in one of its places only."""
+        """Raise `ValueError` where an adapter changes a tied tensor in one of its places only, or a quantised one."""
+        if self.layers and not self.parameter.is_floating_point():
+            raise ValueError(
+                f"{self.name} is quantised: it has no effective value to take gradients of. Leave it out of the "
+                "parameters, or merge the adapter with dequantize=True"
+            )
         if self.tied is not None:
             raise ValueError(
                 f"{self.name} and {self.tied} are one tied tensor, and an active adapter changes it in one place: it "

@@ -93,7 +93,8 @@ def _rules(module: nn.Module) -> dict[str, Rule]:
         return {"weight": _layer_norm_weight, "bias": _layer_norm_bias}
     if kind.__name__ == "Conv1D" and hasattr(module, "nf"):
         return {"weight": _conv1d_weight, "bias": _bias}
-    if hasattr(module, "lora_a") and hasattr(module, "lora_b") and isinstance(getattr(module, "scaling", None), float):
+    matrices = all(getattr(getattr(module, name, None), "ndim", 0) == 2 for name in ("lora_a", "lora_b"))
+    if matrices and isinstance(getattr(module, "scaling", None), float):
         rules: dict[str, Rule] = {"lora_a": _lora_a, "lora_b": _lora_b, "lora_bias": _lora_bias}
         return rules if getattr(module, "takes_part", True) else {}
     if hasattr(module, "trained_bias"):

@@ -79,3 +79,22 @@ def tiny_t5(seed: int = 0, *, attention: str = "sdpa", dropout: float = 0.0) -> 
     )  # fmt: skip
     config.decoder_start_token_id = 0
     return _build(T5ForConditionalGeneration, config, seed, attention)
+
+
+def tiny_qwen3_moe(seed: int = 0, *, attention: str = "sdpa", experts: str = "eager") -> PreTrainedModel:
+    """Return a Qwen3MoeForCausalLM: 2 layers, 5 experts of 13 of which 2 are taken, width 28, vocabulary 97.
+
+    Args:
+        seed: of the weights.
+        attention: transformers' name of the attention function.
+        experts: transformers' name of the way in which experts are run.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=28, intermediate_size=37, moe_intermediate_size=13, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=5, num_experts_per_tok=2,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    config._experts_implementation = experts
+    return _build(Qwen3MoeForCausalLM, config, seed, attention)

@@ -15,6 +15,7 @@ from llmtune.adapters import (
     IA3Linear,
     LoRA,
     LoRALinear,
+    LoRAParameter,
     TrainedBias,
     TrainedCopy,
     VeRA,
@@ -30,7 +31,7 @@ from llmtune.adapters import (
 )
 from llmtune.errors import LawBroken
 from llmtune.testing.adapters import check_adapter
-from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_qwen3_moe, tiny_t5
 
 LAYERS = {
     "lora": partial(LoRALinear, rank=3, alpha=5),
@@ -49,6 +50,7 @@ LAYERS = {
     "vera": partial(VeRALinear, rank=3),
     "vera wider than the layer": partial(VeRALinear, rank=17, d_initial=0.7, seed=3),
     "vera with dropout": partial(VeRALinear, rank=5, dropout=0.4),
+    "lora of a parameter": partial(LoRAParameter, parameter="weight", rank=3, alpha=5),
     "trained copy": TrainedCopy,
     "trained bias": TrainedBias,
 }
@@ -226,6 +228,12 @@ MODELS = {  # name: (model, record, *laws it is free of)
     "gpt2 vera biases": (tiny_gpt2, VeRA(rank=5, targets=["c_fc"], train_bias="all")),
     "bert vera biases": (tiny_bert, VeRA(rank=5, train_bias="vera_only", train_modules=["word_embeddings"])),
     "t5 vera": (tiny_t5, VeRA(rank=5, targets=r".*\.(q|v|wi|wo)", save_projection=False, seed=7)),
+    "qwen3 experts": (tiny_qwen3_moe, lora(targets=(), target_parameters=["down_proj", "gate_up_proj"])),
+    "qwen3 experts and more": (
+        tiny_qwen3_moe,
+        lora(target_parameters=["experts.down_proj", "mlp.gate.weight"], rslora=True, train_modules=["lm_head"]),
+    ),
+    "gpt2 matrices": (tiny_gpt2, lora(targets=["c_fc"], target_parameters=["wpe.weight", "c_attn.weight"])),
     "t5 embeddings": (tiny_t5, lora(targets=["embed_tokens", "q"])),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
