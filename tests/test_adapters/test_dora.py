@@ -79,7 +79,10 @@ def test_what_dora_cannot_do_is_told():
         attach(tiny_llama(), DoRA(rank=2, alpha=3, targets=["embed_tokens"]))
     base = nn.Linear(5, 3)
     base.weight = nn.Parameter(torch.zeros(3, 5, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="DoRA needs a base with a floating weight; Linear has none"):
+    with pytest.raises(
+        TypeError,
+        match="DoRA needs a base with a floating weight, or one that bitsandbytes has quantised; Linear has neither",
+    ):
         DoRALinear(base, rank=2, alpha=3)
 
 

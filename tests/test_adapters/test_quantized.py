@@ -34,7 +34,6 @@ from llmtune.adapters import (
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes (the extra quant) is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -285,7 +284,7 @@ def test_the_sum_is_float32_and_rounded_once_and_the_report_counts():
     attach(model, LoRA(rank=3, alpha=5, targets=["q_proj"]))
     move(adapter_parameters(model))
     layer = model.model.layers[0].self_attn.q_proj
-    exact = dequantized_weight(layer.base) + layer.deltas()["weight"]
+    exact = (dequantized_weight(layer.base) + layer.deltas()["weight"]).detach()
     before = [module.base for module in model.modules() if isinstance(module, LoRALinear)]
     report = merge(model, dequantize=True)
     assert torch.equal(layer.base.weight, exact.to(torch.bfloat16))
@@ -360,6 +359,15 @@ def test_quantize_takes_linear_layers_but_the_head():
     assert all(not p.requires_grad for name, p in model.named_parameters() if name.removesuffix(".weight") in names)
     classifier = tiny_bert(labels=3)
     assert not any("classifier" in name for name in quantize(classifier, "int8"))
+
+
+def test_a_model_quantised_here_is_the_same_in_both_modes():
+    model = tiny_llama()
+    quantize(model)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=IDS).logits, output(model))
+    attach(model, LoRA(rank=2, alpha=3))  # nothing has been packed on the way
+    assert not any(m.support_avx512bf16_for_cpu for m in model.modules() if quantized_kind(m))
 
 
 def test_quantize_refuses_and_leaves_the_model_as_it_was():
