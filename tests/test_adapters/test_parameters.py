@@ -531,7 +531,7 @@ def test_a_layer_refuses_what_it_cannot_change():
     for options, error, message in [
         ({"parameter": "matrx"}, TypeError, "Mixing.matrx is no parameter: the Mixing has matrix, stack of its own"),
         ({"rank": 0}, ValueError, "the rank must be at least 1; got 0"),
-        ({"initialise": "zeros"}, ValueError, "initialise must be \"kaiming\" or \"gaussian\"; got 'zeros'"),
+        ({"initialise": "zeros"}, ValueError, 'initialise must be "kaiming" or "gaussian"; got \'zeros\''),
     ]:
         with pytest.raises(error, match=message):
             LoRAParameter(base, **{"parameter": "matrix", "rank": 2, "alpha": 3} | options)
