@@ -9,6 +9,10 @@ from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.prefix import PrefixTuning
+from llmtune.adapters.prefix_layer import PrefixLayer
+from llmtune.adapters.prompt import PromptTuning, PTuning
+from llmtune.adapters.prompt_layer import PromptLayer
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
@@ -26,6 +30,11 @@ __all__ = [
     "LoRALinear",
     "LoadReport",
     "MergeReport",
+    "PTuning",
+    "PrefixLayer",
+    "PrefixTuning",
+    "PromptLayer",
+    "PromptTuning",
     "TrainedBias",
     "TrainedCopy",
     "active",

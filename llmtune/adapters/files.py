@@ -46,7 +46,8 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
 
     model = unwrap(model)
     config = record_of(model, name).configs[name]
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in _tensors(model, name).items()}
+    found = config.to_file(_tensors(model, name))
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in found.items()}
     empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: gather the model's shards before saving")
@@ -109,7 +110,7 @@ def load(model: nn.Module, folder: str | Path, name: str = "default", *, strict:
     else:
         config.check_attached(model, name, record_of(model, name).configs[name], source=folder)
     try:
-        report = _fill(model, name, tensors, strict=strict, source=folder)
+        report = _fill(model, name, config.of_file(tensors), strict=strict, source=folder)
     except BaseException:
         if fresh:
             detach(model, name)
