@@ -10,8 +10,9 @@ from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.prefix import PrefixTuning
-from llmtune.adapters.prefix_layer import PrefixLayer
+from llmtune.adapters.prefix_layer import PrefixLayer, PrefixTable
 from llmtune.adapters.prompt import PromptTuning, PTuning
+from llmtune.adapters.prompt_encoder import PromptEncoder, PromptTable
 from llmtune.adapters.prompt_layer import PromptLayer
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
@@ -32,8 +33,11 @@ __all__ = [
     "MergeReport",
     "PTuning",
     "PrefixLayer",
+    "PrefixTable",
     "PrefixTuning",
+    "PromptEncoder",
     "PromptLayer",
+    "PromptTable",
     "PromptTuning",
     "TrainedBias",
     "TrainedCopy",

@@ -93,6 +93,10 @@ class StandIn(AdapterLayer):
     A model asks its body for much more than a forward pass: `config`, `dtype`, `get_input_embeddings`, layers by name.
     """
 
+    def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
+        super().__init__(base, adapter_name=adapter_name)
+        self.training = base.training
+
     def __getattr__(self, name: str) -> Any:
         """Return what the base has under this name."""
         try:

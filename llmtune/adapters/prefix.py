@@ -20,9 +20,12 @@ class PrefixTuning(VirtualTokens):
     """Prefix tuning: n trained keys and values before the text's own in every attention layer; see `PrefixLayer`.
 
     Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (2021). An encoder-decoder gets them in
-    its decoder's attention to itself, as with PEFT (the paper has them in the encoder as well), dealt out as PEFT does
-    it: `PrefixTable.pair` says how. PEFT's files hold what the projection makes and not the projection: a loaded adapter
-    gives the same outputs to the bit, is trained on as a plain table, and its record has `projection=False`.
+    its decoder's attention to itself, as with PEFT; the paper has them in the encoder as well. There layer i of L has
+    the pair 2 i mod L of the table, which is how PEFT deals it out: where L is even two layers share a pair, and half
+    of the table is never read.
+
+    PEFT's files hold what the projection makes and not the projection: a loaded adapter gives the same outputs to the
+    bit, is trained on as a plain table, and its record has `projection=False`.
 
     Args:
         tokens: n.
@@ -63,10 +66,9 @@ class PrefixTuning(VirtualTokens):
         attention = own_attention(bare)
         _check_layers(bare, attention)
         L, K, D = _sizes(bare)
-        weight = next(bare.parameters())
         table = PrefixTable(
-            tokens=self.tokens, layers=L, heads=K, size=D, projection=(self.hidden or K * D) if self.projection else None,
-            every_second=paired, dtype=self.dtype, device=weight.device,
+            tokens=self.tokens, layers=L, heads=K, size=D, hidden=(self.hidden or K * D) if self.projection else None,
+            every_second=paired, dtype=self.dtype, device=next(bare.parameters()).device,
         )  # fmt: skip
 
         def handed(layer: int) -> Build:

@@ -3,11 +3,11 @@
     softmax(q [P_k; K]^T / sqrt(D)) [P_v; V]     the text's positions go up by n, as if n tokens had come before
 
 Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (2021), section 4.2. The prefix goes through
-transformers' own cache, whatever computes the attention ("llmtune" too): the cache is what the model makes its masks
-and positions from, and for a backend to have more keys than the masks know of would be to mend each of them anew. Under
-gradient checkpointing transformers takes the cache away from the layers, after masks and positions have been made: there
-each attention layer is handed its part of the prefix once more, so training is the same with checkpointing and without.
-PEFT refuses gradient checkpointing.
+transformers' own cache, whatever computes the attention ("llmtune" too): it is from the cache that a model makes its
+masks and positions, so they are right for every backend without being mended for each. Under gradient checkpointing
+transformers takes the cache away from the layers (and may warn of it), after masks and positions have been made: there
+each attention layer is handed its part of the prefix once more, and training is the same as without. PEFT refuses
+gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.adapters.body import CACHES, BodyLayer, StandIn, check_not_packed, widened_mask
-from llmtune.adapters.layer import bare_module
+from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.virtual_tokens import KEY
 
 
 class PrefixTable(nn.Module):
     """The prefixes of all layers, in PEFT's layout: a row a virtual token, in it layer by layer the key and the value.
 
-    With a projection a network makes the rows of smaller ones: W_2 tanh(W_1 e), [K D, F] and [F, 2 K D L]. Then each
-    layer's part is computed by itself, and only once in a forward pass.
+    With a projection a network makes the rows of smaller ones: W_2 tanh(W_1 e), [K D, F] and [F, 2 K D L], each with a
+    bias. A layer's part is computed by itself, so that checkpointing computes no more than it needs.
 
     Args:
         tokens: n.
         layers: L.
         heads: K, key/value heads.
         size: D, of a head.
-        projection: F, or None for no network.
-        shared: L where PEFT's way of dealing out a table to the decoder of an encoder-decoder holds; see `pair`.
-        like: tells the parameters' dtype and device.
+        hidden: F, the projection's width, or None for no projection.
+        every_second: deal the pairs out as PEFT does to the decoder of an encoder-decoder; see `pair`.
+        dtype: of the parameters.
+        device: of the parameters.
 
     Attributes:
         table: [n, 2 K D L], or with a projection [n, K D]; standard normal draws.
     """
 
     def __init__(
-        self, *, tokens: int, layers: int, heads: int, size: int, projection: int | None, every_second: bool,
+        self, *, tokens: int, layers: int, heads: int, size: int, hidden: int | None, every_second: bool,
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         super().__init__()
         self.layers, self.heads, self.size, self.every_second = layers, heads, size, every_second
         width = heads * size
         whole = 2 * width * layers
-        start = torch.randn(tokens, whole if projection is None else width)
+        start = torch.randn(tokens, whole if hidden is None else width)
         self.table = nn.Parameter(start.to(device=device, dtype=dtype))
         self.first = self.second = None
-        if projection is not None:
-            self.first = nn.Linear(width, projection, device=device, dtype=dtype)
-            self.second = nn.Linear(projection, whole, device=device, dtype=dtype)
+        if hidden is not None:
+            self.first = nn.Linear(width, hidden, device=device, dtype=dtype)
+            self.second = nn.Linear(hidden, whole, device=device, dtype=dtype)
 
     @property
     def tokens(self) -> int:
@@ -66,9 +67,8 @@ class PrefixTable(nn.Module):
     def pair(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, each [1, K, n, D].
 
-        In the decoder of an encoder-decoder layer i has the pair 2 i mod L: PEFT makes a table for the decoder's own
-        attention and one, never used, for its attention to the encoder, and deals out both from one table. So where L
-        is even, half of a file's pairs are read, each by two layers.
+        In the decoder of an encoder-decoder layer i has the pair 2 i mod L: PEFT deals out pairs to every layer's
+        attention to itself and to the encoder in turn, going through the table twice, and drops the latter.
         """
         at = (2 * layer) % self.layers if self.every_second else layer
         rows = self._part(at).unflatten(1, (2, self.heads, self.size))  # [n, 2, K, D]
@@ -106,7 +106,7 @@ class PrefixLayer(BodyLayer):
 
     def __init__(self, base: nn.Module, table: PrefixTable, *, adapter_name: str = "default") -> None:
         super().__init__(base, adapter_name=adapter_name)
-        self.prefix_table = table
+        self.prefix_table = table.train(base.training)
 
     def changed(self, inputs: dict[str, Any], filled: int) -> Any:
         """Return the body's output for the text after the prefix; see `BodyLayer`."""
@@ -138,7 +138,8 @@ class PrefixLayer(BodyLayer):
     def _new_cache(self) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
 
-        both = "encoder_hidden_states" in self.names_of_arguments and bare_module(self).config.is_encoder_decoder
+        config: Any = bare_module(self).config
+        both = "encoder_hidden_states" in self.names_of_arguments and config.is_encoder_decoder
         return EncoderDecoderCache(DynamicCache(), DynamicCache()) if both else DynamicCache()
 
     def _wants_cache(self, inputs: dict[str, Any]) -> bool:
@@ -212,17 +213,17 @@ def current_dtype(body: Any, device: str) -> torch.dtype:
 def own_attention(body: nn.Module) -> dict[str, tuple[int, nn.Module]]:
     """Return the layers of a body in which a text attends to itself, as {name within the body: (index, bare layer)}.
 
-    They have a `layer_idx` and take a cache; of nested ones the innermost counts, and none that attends to an encoder.
+    They are called attention, have a `layer_idx` and take a cache; of nested ones the innermost counts, and none that
+    attends to an encoder.
 
     Args:
         body: the bare body.
     """
-    from llmtune.adapters.layer import named_places
-
     found = {
         name: module
         for name, outer in named_places(body)
         if name and isinstance(getattr(module := bare_module(outer), "layer_idx", None), int)
+        if "attention" in type(module).__name__.lower()
         if any(cache in inspect.signature(module.forward).parameters for cache in CACHES)
     }
     return {

@@ -77,13 +77,14 @@ def _idle_rows(tokens: Any, tensors: Mapping[str, Tensor]) -> list[str]:
 class PromptTuning(_Prompt):
     """Prompt tuning: n trained vectors before the text's own, everything else frozen; see `PromptLayer`.
 
-    Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021). An encoder-decoder gets them in its
-    encoder, as in the paper. PEFT's files for one hold 2 n rows, of which it reads the first n: these are loaded, and
-    `LoadReport.unmatched` tells of the others; files written here hold n.
+    Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning" (2021). An encoder-decoder gets them in
+    its encoder, as in the paper. PEFT's files for one hold 2 n rows, of which it reads the first n: these are loaded,
+    and `LoadReport.unmatched` tells of the others; files written here hold n.
 
-    What comes out of the model has the shapes it had, and labels mean what they meant; PEFT's logits have n positions
-    more, the last of which predicts the first token, so that it is one target more unless its label is -100. Where `position_ids` are
-    given the text's go up by n, so that padding on the left changes nothing; PEFT leaves them out, and counts padding.
+    What comes out of the model has the shapes it had, and labels need not be widened. PEFT's logits have n positions
+    more, and its loss one target more in every row: the first token, unless its label is -100. Where `position_ids` are
+    given (generation gives them) the text's go up by n, so that padding on the left changes nothing; PEFT leaves them
+    out, and counts padding. A model that knows distances alone, as T5, has the padding between both, as with PEFT.
 
     Args:
         tokens: n.
@@ -143,8 +144,8 @@ class PromptTuning(_Prompt):
         """Return the record; see `AdapterConfig.from_file`. How PEFT drew the start says nothing about a file."""
         known = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"}
         fields, idle = common_fields(entries, known, model, tensors)
-        start = "vocabulary" if entries.get("prompt_tuning_init") == "SAMPLE_VOCAB" else "random"
-        config = cls(**fields, initialise=start)
+        sampled = entries.get("prompt_tuning_init") == "SAMPLE_VOCAB"
+        config = cls(**fields, initialise="vocabulary" if sampled else "random")
         return config, (*idle, *_idle_rows(config.tokens, tensors))
 
 
@@ -152,10 +153,10 @@ class PromptTuning(_Prompt):
 class PTuning(_Prompt):
     """P-tuning: virtual tokens before the text that a small network makes, trained with them; see `PromptEncoder`.
 
-    Liu et al., "GPT Understands, Too" (2021). Its template may put virtual tokens among the words; here, as in PEFT, all
-    come first. PEFT's files hold what the network makes and not the network: a loaded adapter gives the same outputs to
-    the bit, is trained on as a plain table, and its record has `encoder=None`. Where the virtual tokens go, and what
-    comes out, is as with `PromptTuning`.
+    Liu et al., "GPT Understands, Too" (2021). Its template may put virtual tokens among the words; here, as in PEFT,
+    all come first. PEFT's files hold what the network makes and not the network: a loaded adapter gives the same
+    outputs to the bit, is trained on as a plain table, and its record has `encoder=None`. Where the virtual tokens go,
+    and what comes out, is as with `PromptTuning`.
 
     Args:
         tokens: n.

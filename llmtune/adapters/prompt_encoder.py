@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,8 +44,8 @@ class PromptEncoder(PromptTable):
 
     "mlp":  W_3 relu(W_2 relu(W_1 e))         "lstm":  W_2 relu(W_1 h), h the states of a two-way LSTM over e_1 ... e_n
 
-    Liu et al., "GPT Understands, Too" (2021), section 3.2, in PEFT's sizes: [E, F], [F, F], [F, E], and E -> 2 F for the
-    LSTM, [2 F, 2 F], [2 F, E], each with a bias.
+    Liu et al., "GPT Understands, Too" (2021), section 3.2, in PEFT's sizes: [E, F], [F, F], [F, E], and E -> 2 F for
+    the LSTM, [2 F, 2 F], [2 F, E], each with a bias.
 
     Args:
         start: [n, E], what the table starts as.
@@ -67,8 +69,7 @@ class PromptEncoder(PromptTable):
             widths = [2 * hidden, 2 * hidden, E]
         else:
             widths = [E, hidden, hidden, E]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.linears = nn.ModuleList(nn.Linear(*sizes, **like) for sizes in pairs)  # type: ignore[arg-type]
+        self.linears = nn.ModuleList(nn.Linear(*sizes, **like) for sizes in pairwise(widths))  # type: ignore[arg-type]
 
     def forward(self) -> Tensor:
         """Return the virtual tokens [n, E]."""

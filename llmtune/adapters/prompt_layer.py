@@ -40,7 +40,7 @@ class PromptLayer(BodyLayer):
         self, base: nn.Module, source: PromptTable, *, keep: bool = False, adapter_name: str = "default"
     ) -> None:
         super().__init__(base, adapter_name=adapter_name)
-        self.prompt_source = source
+        self.prompt_source = source.train(base.training)
         self.keep = keep
 
     def changed(self, inputs: dict[str, Any], filled: int) -> Any:
@@ -106,7 +106,7 @@ def widened_positions(positions: Tensor | None, mask: Tensor | None, n: int) -> 
 
     Args:
         positions: [B | 1, T], or None, which stays.
-        mask: [B, T], 0 at padding, whose positions mean nothing; or None.
+        mask: [B, S], the last T of it 0 at padding, whose positions mean nothing; or None.
         n: how many virtual tokens.
     """
     if positions is None:
@@ -115,7 +115,7 @@ def widened_positions(positions: Tensor | None, mask: Tensor | None, n: int) -> 
     if mask is not None:
         positions = positions.expand(len(mask), -1)
         largest = positions.amax(1, keepdim=True).expand_as(positions)
-        real = torch.where(mask.bool(), positions, largest)
+        real = torch.where(mask[:, -positions.shape[1] :].bool(), positions, largest)
     first = real.amin(1, keepdim=True) + torch.arange(n, device=positions.device)
     return torch.cat([first.to(positions.dtype), positions + n], 1)
 

@@ -44,7 +44,8 @@ CASES = {  # name: (model, PEFT's task, record, what PEFT calls it beside num_vi
     "p-tuning classifier": (classifier, classes, PTuning(tokens=N, **head), {}),
     "p-tuning t5": (tiny_t5, pair, PTuning(tokens=N, hidden=7), {"encoder_hidden_size": 7}),
     "prefix llama": (tiny_llama, lm, PrefixTuning(tokens=N), {}),
-    "prefix llama eager": (partial(tiny_llama, attention="eager"), lm, PrefixTuning(tokens=2), {"num_virtual_tokens": 2}),
+    "prefix llama eager": (partial(tiny_llama, attention="eager"), lm, PrefixTuning(tokens=2),
+                           {"num_virtual_tokens": 2}),
     "prefix llama projection": (tiny_llama, lm, PrefixTuning(tokens=N, projection=True), {"prefix_projection": True}),
     "prefix gpt2": (tiny_gpt2, lm, PrefixTuning(tokens=N), {}),
     "prefix gpt2 projection": (tiny_gpt2, lm, PrefixTuning(tokens=N, projection=True, hidden=7),
@@ -128,6 +129,9 @@ def test_what_peft_writes_we_read(case, tmp_path):
     for mask in (MASK, None):
         close(output(model, mask), output(theirs, mask))
     save(model, tmp_path / "ours")
+    said, ours = entries(tmp_path / "theirs"), entries(tmp_path / "ours")
+    for key in ("num_layers", "num_attention_heads", "token_dim", "num_virtual_tokens", "peft_type", "task_type"):
+        assert ours[key] == said[key]
     sizes, doubled = written(tmp_path / "theirs"), task == pair and not isinstance(record, PrefixTuning)
     if doubled:
         assert sizes["prompt_embeddings"][0][0] == 2 * N
