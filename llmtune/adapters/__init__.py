@@ -14,6 +14,11 @@ from llmtune.adapters.lora_embedding import LoRAEmbedding
 from llmtune.adapters.memory import MemorySummary, memory_summary
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.parameters import LoRAParameter, changed_experts
+from llmtune.adapters.prefix import PrefixTuning
+from llmtune.adapters.prefix_layer import PrefixLayer, PrefixTable
+from llmtune.adapters.prompt import PromptTuning, PTuning
+from llmtune.adapters.prompt_encoder import PromptEncoder, PromptTable
+from llmtune.adapters.prompt_layer import PromptLayer
 from llmtune.adapters.quantized import dequantized_weight, quantize, quantized_kind
 from llmtune.adapters.reach import check_gradients
 from llmtune.adapters.record import AdapterConfig
@@ -42,6 +47,14 @@ __all__ = [
     "LoadReport",
     "MemorySummary",
     "MergeReport",
+    "PTuning",
+    "PrefixLayer",
+    "PrefixTable",
+    "PrefixTuning",
+    "PromptEncoder",
+    "PromptLayer",
+    "PromptTable",
+    "PromptTuning",
     "SharedProjections",
     "TrainedBias",
     "TrainedCopy",

@@ -45,7 +45,8 @@ class Record:
 def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> AttachReport:
     """Put an adapter onto a model and freeze everything else, earlier adapters included.
 
-    The model's output is the same to the bit until the adapter is trained. Earlier adapters stay active.
+    The model's output is the same to the bit until the adapter is trained; a prompt or prefix, which has no such start,
+    changes it at once. Earlier adapters stay active.
 
     Args:
         model: any module; it is changed in place.

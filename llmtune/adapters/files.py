@@ -49,7 +49,7 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
 
     model = unwrap(model)
     config = record_of(model, name).configs[name]
-    found, spare = _tensors(model, name), config.spare_tensors(model, name)
+    found, spare = config.to_file(_tensors(model, name)), config.spare_tensors(model, name)
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in found.items() if key not in spare}
     empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
@@ -118,7 +118,8 @@ def load(
     else:
         config.check_attached(model, name, record_of(model, name).configs[name], source=folder)
     try:
-        report = _fill(model, name, tensors, spare=config.spare_tensors(model, name), strict=strict, source=folder)
+        spare = config.spare_tensors(model, name)
+        report = _fill(model, name, config.of_file(tensors), spare=spare, strict=strict, source=folder)
     except BaseException:
         if fresh:
             detach(model, name)

@@ -80,6 +80,22 @@ class AdapterConfig:
         the record alone gives them again."""
         return frozenset()
 
+    def to_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return an adapter's tensors as its file holds them, from what its layers name (`file_tensors`).
+
+        Args:
+            tensors: by name.
+        """
+        return dict(tensors)
+
+    def of_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file, not only one of our own, as the adapter's layers name and shape them.
+
+        Args:
+            tensors: by name.
+        """
+        return dict(tensors)
+
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
         """Raise where tensors saved with this record would mean something else in an adapter attached with another.
 
