@@ -75,6 +75,16 @@ class AdapterConfig:
             raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
         return cls(**{key: _from_json(value) for key, value in settings.items()}), ()
 
+    @classmethod
+    def says_nothing(cls, key: str, tensor: Tensor) -> bool:
+        """Return whether a tensor in a file of this method may be passed over, though no layer has it.
+
+        Args:
+            key: its name in the file.
+            tensor: of any shape.
+        """
+        return False
+
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
         """Raise where tensors saved with this record would mean something else in an adapter attached with another.
 
@@ -103,13 +113,18 @@ def check_names(targets: Targets, exclude: Targets = (), train_modules: Sequence
     """
     if isinstance(train_modules, str):
         raise TypeError(f"train_modules must be a list of suffixes; got the string {train_modules!r}")
-    for name, value in (("targets", targets), ("exclude", exclude)):
-        try:
-            re.compile(value) if isinstance(value, str) else [re.compile(part) for part in value]
-        except (TypeError, re.error) as error:
-            raise ValueError(f"{name} must be suffixes or one regular expression; got {value!r}: {error}") from error
+    check_patterns("targets", targets)
+    check_patterns("exclude", exclude)
     if not targets and not train_modules:
         raise ValueError('targets names no module: give suffixes, a regular expression, or "all-linear"')
+
+
+def check_patterns(name: str, value: Any) -> None:
+    """Raise ValueError where `value` is neither suffixes nor one regular expression."""
+    try:
+        re.compile(value) if isinstance(value, str) else [re.compile(part) for part in value]
+    except (TypeError, re.error) as error:
+        raise ValueError(f"{name} must be suffixes or one regular expression; got {value!r}: {error}") from error
 
 
 def check_whole(name: str, value: Any) -> None:

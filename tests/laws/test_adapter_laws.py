@@ -9,10 +9,17 @@ import torch
 from torch import nn
 
 from llmtune.adapters import (
+    AdaLoRA,
+    AdaLoRALinear,
+    Bottleneck,
+    BottleneckLayer,
     DoRA,
     DoRALinear,
     LoRA,
     LoRALinear,
+    LoReFT,
+    LoReFTLayer,
+    ParallelBottleneckLayer,
     TrainedBias,
     TrainedCopy,
     adapter_parameters,
@@ -39,6 +46,13 @@ LAYERS = {
     "dora with dropout": partial(DoRALinear, rank=2, alpha=7, dropout=0.4, rslora=True),
     "trained copy": TrainedCopy,
     "trained bias": TrainedBias,
+    "bottleneck": partial(BottleneckLayer, size=3, scaling=1.7),
+    "bottleneck with dropout": partial(BottleneckLayer, size=2, activation="tanh", dropout=0.4),
+    "bottleneck beside": partial(ParallelBottleneckLayer, size=3, activation="gelu"),
+    "loreft": partial(LoReFTLayer, rank=3),
+    "loreft at some positions": partial(LoReFTLayer, rank=2, positions=(1, 2), dropout=0.4),
+    "adalora": partial(AdaLoRALinear, rank=3, alpha=5),
+    "adalora with dropout": partial(AdaLoRALinear, rank=2, alpha=7, initial_rank=5, dropout=0.4),
 }
 
 
@@ -173,6 +187,8 @@ REASONS = {  # the laws of a model that a method may be free of, each with its r
     "merge": "what it adds is no change of the weights",
 }
 lora, dora = partial(LoRA, rank=3, alpha=5), partial(DoRA, rank=3, alpha=5)
+adalora = partial(AdaLoRA, initial_rank=5, target_rank=3, alpha=7, total_steps=10)
+bottleneck = partial(Bottleneck, size=5, activation="gelu")
 MODELS = {  # name: (model, record, *laws it is free of)
     "llama": (tiny_llama, lora()),
     "llama tied": (partial(tiny_llama, tied=True), lora()),
@@ -189,6 +205,26 @@ MODELS = {  # name: (model, record, *laws it is free of)
     "bert dora biases": (tiny_bert, dora(train_bias="lora_only")),
     "t5 dora": (tiny_t5, dora(targets=r".*\.(q|v|wi|wo)")),
     "t5 embeddings": (tiny_t5, lora(targets=["embed_tokens", "q"])),
+    "llama houlsby": (tiny_llama, bottleneck(dropout=0.2), "merge"),
+    "llama parallel": (tiny_llama, bottleneck(kind="parallel", scaling=4.0), "merge"),
+    "gpt2 houlsby": (tiny_gpt2, bottleneck(activation="silu"), "merge"),
+    "bert houlsby": (tiny_bert, bottleneck(), "merge"),
+    "bert parallel": (tiny_bert, bottleneck(kind="parallel"), "merge"),
+    "bert pfeiffer": (
+        partial(tiny_bert, labels=3),
+        bottleneck(size=None, reduction=4, kind="pfeiffer", train_modules=["classifier"]),
+        "merge",
+    ),
+    "t5 houlsby": (tiny_t5, bottleneck(), "merge"),
+    "t5 parallel": (tiny_t5, bottleneck(kind="parallel"), "merge"),
+    "llama loreft": (tiny_llama, LoReFT(rank=3, positions=(3, 2)), "merge"),
+    "gpt2 loreft": (tiny_gpt2, LoReFT(rank=3, layers=[1], positions="all"), "merge"),
+    "bert loreft": (tiny_bert, LoReFT(rank=3, positions=(1, 0), dropout=0.2), "merge"),
+    "t5 loreft": (tiny_t5, LoReFT(rank=3, positions=(2, 2)), "merge"),
+    "llama adalora": (tiny_llama, adalora(dropout=0.2)),
+    "gpt2 adalora": (tiny_gpt2, adalora(targets=["c_attn", "c_proj"])),
+    "bert adalora": (tiny_bert, adalora(targets=["query", "value"], train_modules=["decoder"])),
+    "t5 adalora": (tiny_t5, adalora(targets=r".*\.(q|v|wi|wo)")),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 
