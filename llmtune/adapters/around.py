@@ -50,14 +50,13 @@ class OutputLayer(AdapterLayer):
         return True
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the base has under this name."""
+        """Return what the bare module has under this name."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or (name.startswith("__") and name.endswith("__")):
+            if "base" not in self.__dict__.get("_modules", {}) or (name.startswith("__") and name.endswith("__")):
                 raise
-            return getattr(base, name)
+            return getattr(bare_module(self), name)
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
