@@ -109,6 +109,7 @@ def load(
         config, unmatched = _method(entries).from_file(entries, model, tensors)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
+    tensors = {key: tensor for key, tensor in tensors.items() if not config.says_nothing(key, tensor)}
     if fresh:
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):  # what attaching draws is overwritten

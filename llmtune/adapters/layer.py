@@ -29,6 +29,7 @@ class AdapterLayer(nn.Module):
 
     reads_weight = False  # whether what it adds depends on the bare weight, so that nobody may write to that under it
     reads_bias = False  # whether it depends on the bare bias as well
+    reads_output = False  # whether it changes what the base returns by a function of that, and not by adding to it
 
     def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
         super().__init__()

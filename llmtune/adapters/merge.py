@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers, detach, record_of
-from llmtune.adapters.layer import AdapterLayer, bare_module, bare_named_parameters, named_places
+from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, bare_named_parameters, named_places
 from llmtune.adapters.merge_quantized import check_plain, is_quantised, plain_dtype, put_plain
 from llmtune.adapters.quantized import dequantized_weight, forget_quantization, stored_bytes
 from llmtune.adapters.report import MergeReport
@@ -159,6 +159,12 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str], dequantize: b
         deltas = layer.deltas()
         if not deltas:
             raise ValueError(f'adapter "{name}" is no change of weights, so it cannot be merged into them')
+        inner = next((other for other in adapter_chain(layer.base) if other.reads_output), None)
+        if inner is not None:
+            raise ValueError(
+                f'adapter "{name}" adds to what "{inner.adapter_name}" makes of the output of a '
+                f'{type(bare).__name__}, which no change of its weight does: detach "{inner.adapter_name}" first'
+            )
         for local, delta in deltas.items():
             place = _place(bare, local)
             if place not in names:

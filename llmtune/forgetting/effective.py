@@ -150,8 +150,15 @@ def differentiable(model: nn.Module, chosen: Mapping[str, EffectiveParameter]) -
     replaced: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
     try:
         for place, module in list(named_places(model)):
-            if all(_only_adds(layer) for layer in adapter_chain(module)):
+            chain = adapter_chain(module)
+            if all(_only_adds(layer) for layer in chain):
                 continue
+            lost = [layer for layer in chain if layer.takes_part and not _names_changed(layer)]
+            if lost:
+                raise ValueError(
+                    f'{place} carries adapter "{lost[0].adapter_name}", which is no change of a parameter, beside one '
+                    "that is none of low rank: its effective gradient is not offered. Detach one of them"
+                )
             bare = bare_module(module)
             for local, parameter in list(bare._parameters.items()):
                 entry = every.get(_join(place, local))
@@ -205,16 +212,23 @@ _delta_names: WeakKeyDictionary[AdapterLayer, frozenset[str]] = WeakKeyDictionar
 
 def _changing(layers: list[AdapterLayer], local: str) -> tuple[AdapterLayer, ...]:
     """Return those of the layers that change the parameter of that local name."""
-    for layer in layers:
-        if layer not in _delta_names:  # asked once: deltas are as large as the weights
-            with torch.no_grad():
-                _delta_names[layer] = frozenset(layer.deltas())
-    return tuple(layer for layer in layers if local in _delta_names[layer])
+    return tuple(layer for layer in layers if local in _names_changed(layer))
+
+
+def _names_changed(layer: AdapterLayer) -> frozenset[str]:
+    """Return the local names of the parameters that a layer changes; asked once, deltas are as large as the weights."""
+    if layer not in _delta_names:
+        with torch.no_grad():
+            _delta_names[layer] = frozenset(layer.deltas())
+    return _delta_names[layer]
 
 
 def _only_adds(layer: AdapterLayer) -> bool:
-    """Return whether the output depends on the layer's base as on the sum of base and change (or on no base at all)."""
-    return not layer.takes_part or layer.low_rank() is not None or isinstance(layer, TrainedBias | TrainedCopy)
+    """Return whether the output depends on the layer's base as on the sum of base and change (or on no base at all);
+    a layer that changes no parameter, but what the base returns, may stay where it is as well."""
+    if not layer.takes_part or layer.low_rank() is not None or isinstance(layer, TrainedBias | TrainedCopy):
+        return True
+    return not _names_changed(layer)
 
 
 def _join(place: str, local: str) -> str:

@@ -10,12 +10,19 @@ from torch import nn
 
 from llmtune.adapters import (
     IA3,
+    AdaLoRA,
+    AdaLoRALinear,
+    Bottleneck,
+    BottleneckLayer,
     DoRA,
     DoRALinear,
     IA3Linear,
     LoRA,
     LoRALinear,
     LoRAParameter,
+    LoReFT,
+    LoReFTLayer,
+    ParallelBottleneckLayer,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -56,6 +63,13 @@ LAYERS = {
     "lora of a parameter": partial(LoRAParameter, parameter="weight", rank=3, alpha=5),
     "trained copy": TrainedCopy,
     "trained bias": TrainedBias,
+    "bottleneck": partial(BottleneckLayer, size=3, scaling=1.7),
+    "bottleneck with dropout": partial(BottleneckLayer, size=2, activation="tanh", dropout=0.4),
+    "bottleneck beside": partial(ParallelBottleneckLayer, size=3, activation="gelu"),
+    "loreft": partial(LoReFTLayer, rank=3),
+    "loreft at some positions": partial(LoReFTLayer, rank=2, positions=(1, 2), dropout=0.4),
+    "adalora": partial(AdaLoRALinear, rank=3, alpha=5),
+    "adalora with dropout": partial(AdaLoRALinear, rank=2, alpha=7, initial_rank=5, dropout=0.4),
 }
 
 EXEMPT = {  # a word in a row's name: what it is free of
@@ -198,6 +212,8 @@ REASONS = {  # the laws of a model that a method may be free of, each with its r
     "merge": "what it adds is no change of the weights",
 }
 lora, dora = partial(LoRA, rank=3, alpha=5), partial(DoRA, rank=3, alpha=5)
+adalora = partial(AdaLoRA, initial_rank=5, target_rank=3, alpha=7, total_steps=10)
+bottleneck = partial(Bottleneck, size=5, activation="gelu")
 MODELS = {  # name: (model, record, *laws it is free of)
     "llama": (tiny_llama, lora()),
     "llama tied": (partial(tiny_llama, tied=True), lora()),
@@ -267,6 +283,26 @@ MODELS = {  # name: (model, record, *laws it is free of)
     ),
     "t5 prefix": (tiny_t5, PrefixTuning(tokens=5), "start", "merge"),
     "t5 prefix projection": (tiny_t5, PrefixTuning(tokens=5, projection=True), "start", "merge"),
+    "llama houlsby": (tiny_llama, bottleneck(dropout=0.2), "merge"),
+    "llama parallel": (tiny_llama, bottleneck(kind="parallel", scaling=4.0), "merge"),
+    "gpt2 houlsby": (tiny_gpt2, bottleneck(activation="silu"), "merge"),
+    "bert houlsby": (tiny_bert, bottleneck(), "merge"),
+    "bert parallel": (tiny_bert, bottleneck(kind="parallel"), "merge"),
+    "bert pfeiffer": (
+        partial(tiny_bert, labels=3),
+        bottleneck(size=None, reduction=4, kind="pfeiffer", train_modules=["classifier"]),
+        "merge",
+    ),
+    "t5 houlsby": (tiny_t5, bottleneck(), "merge"),
+    "t5 parallel": (tiny_t5, bottleneck(kind="parallel"), "merge"),
+    "llama loreft": (tiny_llama, LoReFT(rank=3, positions=(3, 2)), "merge"),
+    "gpt2 loreft": (tiny_gpt2, LoReFT(rank=3, layers=[1], positions="all"), "merge"),
+    "bert loreft": (tiny_bert, LoReFT(rank=3, positions=(1, 0), dropout=0.2), "merge"),
+    "t5 loreft": (tiny_t5, LoReFT(rank=3, positions=(2, 2)), "merge"),
+    "llama adalora": (tiny_llama, adalora(dropout=0.2)),
+    "gpt2 adalora": (tiny_gpt2, adalora(targets=["c_attn", "c_proj"])),
+    "bert adalora": (tiny_bert, adalora(targets=["query", "value"], train_modules=["decoder"])),
+    "t5 adalora": (tiny_t5, adalora(targets=r".*\.(q|v|wi|wo)")),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 
