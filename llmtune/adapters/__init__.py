@@ -12,7 +12,8 @@ from llmtune.adapters.dora import DoRAConv1D, DoRALinear, row_norms
 from llmtune.adapters.files import load, save
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
-from llmtune.adapters.ia3 import IA3, IA3Linear, ia3_scale
+from llmtune.adapters.ia3 import IA3Linear, ia3_scale
+from llmtune.adapters.ia3_config import IA3
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
 from llmtune.adapters.lora_embedding import LoRAEmbedding

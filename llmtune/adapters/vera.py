@@ -220,12 +220,8 @@ class VeRALinear(AdapterLayer):
         return getattr(bare_module(self), "bias", None)
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Return the parts of A and B that are this layer's, [r, in] and [out, r], where lambda_d is and in its dtype.
-
-        They are taken by `.data`: DistributedDataParallel writes the buffers anew, with the same numbers, before every
-        forward pass, and autograd would take that for a change of what an earlier pass has kept.
-        """
-        a, b = self.projections.a.data, self.projections.b.data
+        """Return this layer's parts of A and B, [r, in] and [out, r], where lambda_d is and in its dtype."""
+        a, b = self.projections.a, self.projections.b
         return a[:, : self.in_features].to(self.lambda_d), b[: self.out_features].to(self.lambda_d)
 
     def forward(self, x: Tensor) -> Tensor:
