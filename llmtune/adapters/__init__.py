@@ -11,15 +11,18 @@ from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
+from llmtune.adapters.small import BitFit, LayerNormTuning, TrainedNorm
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 
 __all__ = [
     "AdapterConfig",
     "AdapterLayer",
     "AttachReport",
+    "BitFit",
     "DoRA",
     "DoRAConv1D",
     "DoRALinear",
+    "LayerNormTuning",
     "LoRA",
     "LoRAConv1D",
     "LoRAEmbedding",
@@ -28,6 +31,7 @@ __all__ = [
     "MergeReport",
     "TrainedBias",
     "TrainedCopy",
+    "TrainedNorm",
     "active",
     "adapter_names",
     "adapter_parameters",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,34 +53,44 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         config: its record.
         name: its name.
     """
-    kind = type(model)
-    task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
     transposed = [is_conv1d(layer) for layer in adapter_layers(model, name) if isinstance(layer, LowRankLayer)]
     excludes = config.exclude if isinstance(config.exclude, str) else sorted(config.exclude)
-    entries = PLAIN | {
-        "alpha_pattern": dict(config.alpha_pattern),
+    entries = (
+        PLAIN
+        | about_model(model)
+        | {
+            "alpha_pattern": dict(config.alpha_pattern),
+            "bias": config.train_bias,
+            "exclude_modules": excludes or None,
+            "fan_in_fan_out": bool(transposed) and all(transposed),
+            "init_lora_weights": "gaussian" if config.initialise == "gaussian" else True,
+            "lora_alpha": config.alpha,
+            "lora_bias": config.lora_bias,
+            "lora_dropout": config.dropout,
+            "megatron_core": "megatron.core",
+            "modules_to_save": copied(model, name) or None,
+            "peft_type": "LORA",
+            "r": config.rank,
+            "rank_pattern": dict(config.rank_pattern),
+            "target_modules": _written_targets(model, config, name),
+            "use_dora": config.decomposes,
+            "use_rslora": config.rslora,
+        }
+    )
+    return dict(sorted(entries.items()))
+
+
+def about_model(model: nn.Module) -> dict[str, Any]:
+    """Return the entries that PEFT writes for every method: what the adapter is for."""
+    kind = type(model)
+    task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
+    return {
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "bias": config.train_bias,
-        "exclude_modules": excludes or None,
-        "fan_in_fan_out": bool(transposed) and all(transposed),
         "inference_mode": True,
-        "init_lora_weights": "gaussian" if config.initialise == "gaussian" else True,
-        "lora_alpha": config.alpha,
-        "lora_bias": config.lora_bias,
-        "lora_dropout": config.dropout,
-        "megatron_core": "megatron.core",
-        "modules_to_save": _copied(model, name) or None,
-        "peft_type": "LORA",
-        "r": config.rank,
-        "rank_pattern": dict(config.rank_pattern),
         "revision": None,
-        "target_modules": _written_targets(model, config, name),
         "task_type": task,
-        "use_dora": config.decomposes,
-        "use_rslora": config.rslora,
     }
-    return dict(sorted(entries.items()))
 
 
 def read_lora(
@@ -110,8 +120,8 @@ def read_lora(
     config = make(
         rank=read.get("r", 8),
         alpha=read.get("lora_alpha", 8),
-        targets=_names(read.get("target_modules") or ()),
-        exclude=_names(read.get("exclude_modules") or ()),
+        targets=names_of(read.get("target_modules") or ()),
+        exclude=names_of(read.get("exclude_modules") or ()),
         dropout=read.get("lora_dropout", 0.0),
         rslora=read.get("use_rslora", False),
         lora_bias=read.get("lora_bias", False),
@@ -142,54 +152,88 @@ def check_entries(read: Mapping[str, Any], own: Collection[str], plain: Mapping[
             raise ValueError(f"{key}={json.dumps(value)} asks for something that is not offered here")
 
 
-def _names(value: Any) -> Targets:
+def names_of(value: Any) -> Targets:
+    """Return targets as an entry has them: an expression as it is, suffixes as a tuple."""
     return value if isinstance(value, str) else tuple(value)
 
 
-def _copied(model: nn.Module, name: str) -> list[str]:
+def copied(model: nn.Module, name: str) -> list[str]:
     """Return the full names of the modules trained whole: PEFT's rule for short ones would match more."""
-    copied = {id(bare_module(layer)) for layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)}
-    return sorted(place for place, module in named_places(model) if id(bare_module(module)) in copied)
+    whole = {id(bare_module(layer)) for layer in adapter_layers(model, name) if type(layer) is TrainedCopy}
+    return sorted(place for place, module in named_places(model) if id(bare_module(module)) in whole)
 
 
-def _fitted(config: LoRA, model: nn.Module) -> tuple[LoRA, tuple[str, ...]]:
-    """Return the record without the patterns that match nothing on the model, and those patterns.
+@dataclass
+class Fitted:
+    """What PEFT's patterns come to on a model.
 
-    Where no target matches anything they are all left, and attaching says so.
+    Attributes:
+        targets: those that match something.
+        exclude: those that leave something out.
+        copied: the full names of modules trained whole; PEFT's rule for them is any end of a name.
+        adapted: the full names of the modules that the targets mean.
+        idle: the patterns that match nothing, each after its entry's name.
+    """
+
+    targets: Targets
+    exclude: Targets
+    copied: tuple[str, ...]
+    adapted: list[str]
+    idle: list[str]
+
+    def used(self, entry: str, given: Targets, among: Sequence[str], matches: Callable[[str, str], bool]) -> list[str]:
+        """Return the patterns that match one of the names, and note the others as idle."""
+        patterns = [given] if isinstance(given, str) else list(given)
+        kept = [pattern for pattern in patterns if any(matches(pattern, name) for name in among)]
+        self.idle += [f"{entry} {pattern}" for pattern in patterns if pattern not in kept]
+        return kept
+
+
+def fitted(model: nn.Module, targets: Targets, exclude: Targets, train_modules: Sequence[str]) -> Fitted | None:
+    """Return what PEFT's entries come to on the model; None where no target matches anything, which attaching will say.
+
+    Args:
+        model: the model.
+        targets: target_modules.
+        exclude: exclude_modules.
+        train_modules: modules_to_save.
     """
     places = dict(named_places(model))
     names = [place for place in places if place]
-    idle: list[str] = []
+    found = Fitted(targets, exclude, (), [], [])
+    wanted: Targets = linear_places(model, places) if targets == ALL_LINEAR else targets
+    kept = found.used("target_modules", wanted, names, _rule(wanted))
+    named = [name for name in names if any(_rule(wanted)(pattern, name) for pattern in kept)]
+    if wanted and not named:
+        return None
+    excluding = found.used("exclude_modules", exclude, named, _rule(exclude))
+    out = [name for name in named if any(_rule(exclude)(pattern, name) for pattern in excluding)]
+    ends = found.used("modules_to_save", train_modules, names, lambda end, name: name.endswith(end))
+    found.copied = tuple(name for name in names if any(name.endswith(end) for end in ends))
+    found.adapted = [name for name in named if name not in out and not inside(name, found.copied)]
+    if len(found.adapted) < len(named) - len(out):  # PEFT quietly leaves out what lies in modules_to_save
+        kept, excluding = found.adapted, []
+        wanted = ()
+    found.targets = wanted if isinstance(wanted, str) else tuple(kept)
+    found.exclude = exclude if excluding and isinstance(exclude, str) else tuple(excluding)
+    return found
 
-    def used(key: str, given: Targets, among: Sequence[str], matches: Callable[[str, str], bool]) -> list[str]:
-        patterns = [given] if isinstance(given, str) else list(given)
-        kept = [pattern for pattern in patterns if any(matches(pattern, name) for name in among)]
-        idle.extend(f"{key} {pattern}" for pattern in patterns if pattern not in kept)
-        return kept
 
-    targets: Targets = linear_places(model, places) if config.targets == ALL_LINEAR else config.targets
-    kept = used("target_modules", targets, names, _rule(targets))
-    found = [name for name in names if any(_rule(targets)(pattern, name) for pattern in kept)]
-    if targets and not found:
+def _fitted(config: LoRA, model: nn.Module) -> tuple[LoRA, tuple[str, ...]]:
+    """Return the record without the patterns that match nothing on the model, and those patterns."""
+    found = fitted(model, config.targets, config.exclude, config.train_modules)
+    if found is None:
         return config, ()
-    excluding = used("exclude_modules", config.exclude, found, _rule(config.exclude))
-    out = [name for name in found if any(_rule(config.exclude)(pattern, name) for pattern in excluding)]
-    ends = used("modules_to_save", config.train_modules, names, lambda end, name: name.endswith(end))
-    copied = [name for name in names if any(name.endswith(end) for end in ends)]
-    adapted = [name for name in found if name not in out and not inside(name, copied)]
-    ranks = used("rank_pattern", tuple(config.rank_pattern), adapted, fits)
-    alphas = used("alpha_pattern", tuple(config.alpha_pattern), adapted, fits)
-    if len(adapted) < len(found) - len(out):  # PEFT quietly leaves out what lies in modules_to_save
-        kept, excluding = adapted, []
-        targets = ()
+    ranks = found.used("rank_pattern", tuple(config.rank_pattern), found.adapted, fits)
+    alphas = found.used("alpha_pattern", tuple(config.alpha_pattern), found.adapted, fits)
     return replace(
         config,
-        targets=targets if isinstance(targets, str) else tuple(kept),
-        exclude=config.exclude if excluding and isinstance(config.exclude, str) else tuple(excluding),
-        train_modules=tuple(copied),
+        targets=found.targets,
+        exclude=found.exclude,
+        train_modules=found.copied,
         rank_pattern={pattern: config.rank_pattern[pattern] for pattern in ranks},
         alpha_pattern={pattern: config.alpha_pattern[pattern] for pattern in alphas},
-    ), tuple(idle)
+    ), tuple(found.idle)
 
 
 def _rule(patterns: Targets) -> Callable[[str, str], bool]:

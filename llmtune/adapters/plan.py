@@ -85,8 +85,10 @@ def plan_targets(
     plan.copied = copied_places(config.train_modules, places)
     plan.adapted = _adapted(model, config, places, plan, adaptable)
     _check_ties(places, plan.adapted)
-    if train_bias != "none":
-        plan.biases = _bias_places(train_bias, places, plan)
+    if train_bias == "lora_only":
+        plan.biases = [place for place in plan.adapted if adds_bias_last(bare_module(places[place]))]
+    elif train_bias == "all":
+        plan.biases = every_bias(places, plan.copied, who='train_bias="all"', instead='use train_bias="lora_only"')
     builders = [(place, build(place, places[place])) for place in plan.adapted]
     finish(model, plan, name)
     plan.builders += builders
@@ -98,6 +100,33 @@ def copied_places(train_modules: Sequence[str], places: Mapping[str, nn.Module])
     names = [place for place in places if place]
     found = matching(list(train_modules), names, what="train_modules") if train_modules else {}
     return list(dict.fromkeys(place for some in found.values() for place in some))
+
+
+def every_bias(places: Mapping[str, nn.Module], copied: Sequence[str], *, who: str, instead: str) -> list[str]:
+    """Return the places of every bias that `TrainedBias` can train, a tied one once.
+
+    Args:
+        places: the model's modules by bare name.
+        copied: places trained whole, which are left out with all that is inside them.
+        who: what asks for every bias, for the sentence.
+        instead: what else the caller may do, for the sentence.
+
+    Raises:
+        TypeError: a bias is of a module that may not add it last; names it.
+    """
+    covered: dict[int, str] = {}
+    for place, module in places.items():
+        if place and adds_bias_last(bare_module(module)) and not inside(place, copied):
+            covered.setdefault(id(bare_module(module).bias), place)
+    for place, module in places.items():
+        for local, parameter in bare_module(module)._parameters.items():
+            known = parameter is None or "bias" not in local or id(parameter) in covered
+            if not known and not inside(place, copied):
+                raise TypeError(
+                    f"{who} cannot train {place}.{local} of a {type(bare_module(module)).__name__}: "
+                    f"name the module in train_modules, or {instead}"
+                )
+    return list(covered.values())
 
 
 def finish(model: nn.Module, plan: Plan, name: str) -> None:
@@ -161,28 +190,6 @@ def _adapted(
         kinds = [place for place in wanted if adaptable(bare_module(places[place]))]
         wanted = kinds or wanted
     return wanted
-
-
-def _bias_places(train_bias: str, places: Mapping[str, nn.Module], plan: Plan) -> list[str]:
-    if train_bias == "lora_only":
-        return [place for place in plan.adapted if adds_bias_last(bare_module(places[place]))]
-    covered: dict[int, str] = {}
-    for place, module in places.items():
-        if place and adds_bias_last(bare_module(module)) and not inside(place, plan.copied):
-            covered.setdefault(id(bare_module(module).bias), place)
-    for place, module in places.items():
-        for local, parameter in bare_module(module)._parameters.items():
-            if (
-                parameter is not None
-                and "bias" in local
-                and id(parameter) not in covered
-                and not inside(place, plan.copied)
-            ):
-                raise TypeError(
-                    f'train_bias="all" cannot train {place}.{local} of a {type(bare_module(module)).__name__}: '
-                    'name the module in train_modules, or use train_bias="lora_only"'
-                )
-    return list(covered.values())
 
 
 def _check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
