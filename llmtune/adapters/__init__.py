@@ -9,9 +9,11 @@ from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRAEmbedding, LoRALinear
 from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.new_tokens import NewTokens
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, LoadReport, MergeReport, trainable_summary
 from llmtune.adapters.small import BitFit, LayerNormTuning, TrainedNorm
+from llmtune.adapters.token_rows import NewTokensEmbedding, NewTokensHead
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 
 __all__ = [
@@ -29,6 +31,9 @@ __all__ = [
     "LoRALinear",
     "LoadReport",
     "MergeReport",
+    "NewTokens",
+    "NewTokensEmbedding",
+    "NewTokensHead",
     "TrainedBias",
     "TrainedCopy",
     "TrainedNorm",

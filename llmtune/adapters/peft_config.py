@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers
-from llmtune.adapters.layer import bare_module, named_places
+from llmtune.adapters.layer import adapter_chain, bare_module, named_places
 from llmtune.adapters.lora import LowRankLayer
 from llmtune.adapters.record import Targets
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
+from llmtune.adapters.token_plan import check_tied_together, token_groups
+from llmtune.adapters.token_rows import TokenRows
 from llmtune.adapters.trained_copy import TrainedCopy
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ PLAIN: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
     "eva_config": None, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
     "layers_to_transform": None, "loftq_config": {}, "lora_ga_config": None, "megatron_config": None,
-    "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None,
+    "monteclora_config": None, "qalora_group_size": 16, "target_parameters": None,
     "use_bdlora": None, "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 # What says where an adapter came from, or how it is to be run, and changes nothing in its meaning.
@@ -37,7 +39,8 @@ ASIDE = {
 }  # fmt: skip
 OWN = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_dora", "use_rslora",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "trainable_token_indices", "use_dora",
+    "use_rslora",
 }  # fmt: skip
 # How PEFT drew the start, without touching the base: of no consequence once the tensors are read.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -73,6 +76,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
             "r": config.rank,
             "rank_pattern": dict(config.rank_pattern),
             "target_modules": _written_targets(model, config, name),
+            "trainable_token_indices": _written_tokens(model, config, name),
             "use_dora": config.decomposes,
             "use_rslora": config.rslora,
         }
@@ -130,6 +134,7 @@ def read_lora(
         rank_pattern=read.get("rank_pattern") or {},
         alpha_pattern=read.get("alpha_pattern") or {},
         train_modules=tuple(read.get("modules_to_save") or ()),
+        train_tokens=_read_tokens(model, read.get("trainable_token_indices")),
         dtype=next((tensor.dtype for key, tensor in tensors.items() if ".lora_" in key), torch.float32),
     )
     return _fitted(config, model)
@@ -150,6 +155,33 @@ def check_entries(read: Mapping[str, Any], own: Collection[str], plain: Mapping[
         unset = value is None or value is False or (isinstance(value, dict | list) and not value)
         if key not in ASIDE and key not in own and not unset and (key not in plain or value != plain[key]):
             raise ValueError(f"{key}={json.dumps(value)} asks for something that is not offered here")
+
+
+def _written_tokens(model: nn.Module, config: LoRA, name: str) -> Any:
+    """Return trainable_token_indices: ids of the input embedding, or by the full names of the places that hold rows."""
+    if not isinstance(config.train_tokens, Mapping):
+        return list(config.train_tokens) or None
+    return {
+        place: list(layer.tokens)
+        for place, module in named_places(model)
+        for layer in adapter_chain(module)
+        if isinstance(layer, TokenRows) and layer.adapter_name == name and layer.origin is layer
+    }
+
+
+def _read_tokens(model: nn.Module, value: Any) -> Sequence[int] | dict[str, Sequence[int]]:
+    """Return train_tokens; PEFT takes any end of a name, "norm" being an end of "layernorm" too.
+
+    Raises:
+        ValueError: rows are to be trained at some places of a tied weight only.
+    """
+    if not isinstance(value, Mapping):
+        return tuple(value or ())
+    names = [place for place, _ in named_places(model) if place]
+    named = {end: [name for name in names if name.endswith(end)] or [end] for end in value}
+    found: dict[str, Sequence[int]] = {name: tuple(value[end]) for end, some in named.items() for name in some}
+    check_tied_together(model, token_groups(model, found), list(found))
+    return found
 
 
 def names_of(value: Any) -> Targets:

@@ -44,6 +44,7 @@ class Plan:
         adapted: the names of the modules that get a layer of the method.
         copied: those trained whole, as copies.
         biases: those whose bias is trained.
+        tokens: those of which rows of single tokens are trained.
         heads: heads outside a Hugging Face model's body that are neither; a new one starts at random.
         builders: (place, function from the module there to the layer), in the order in which they are put on.
     """
@@ -52,6 +53,7 @@ class Plan:
     adapted: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     builders: list[tuple[str, Build]] = field(default_factory=list)
 
@@ -64,6 +66,7 @@ def plan_targets(
     adaptable: Callable[[nn.Module], bool],
     build: Callable[[str, nn.Module], Build],
     train_bias: str = "none",
+    tokens: Sequence[str] = (),
 ) -> Plan:
     """Work out the layers of a method that goes to named modules, one layer each.
 
@@ -75,13 +78,14 @@ def plan_targets(
         build: given a place and the module there, adapters around it included, checks them and returns the function
             that makes the layer.
         train_bias: "none", "lora_only" (of adapted modules) or "all".
+        tokens: places of which rows of single tokens are to be trained as well.
 
     Raises:
         ValueError: a pattern matches nothing, the root is a target, or a module would be adapted twice.
         TypeError: a bias cannot be trained; and what `build` raises.
     """
     places = dict(named_places(model))
-    plan = Plan()
+    plan = Plan(tokens=list(tokens))
     plan.copied = copied_places(config.train_modules, places)
     plan.adapted = _adapted(model, config, places, plan, adaptable)
     _check_ties(places, plan.adapted)
@@ -196,7 +200,7 @@ def _check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
     """A module trained whole runs instead of the base and all that is inside it, so it belongs to one adapter alone."""
     carrying = {place: chain for place, module in places.items() if (chain := adapter_chain(module))}
     whole = [place for place, chain in carrying.items() if any(isinstance(layer, TrainedCopy) for layer in chain)]
-    for place in (*plan.adapted, *plan.biases, *plan.copied):
+    for place in (*plan.adapted, *plan.tokens, *plan.biases, *plan.copied):
         taken = [other for other in whole if inside(place, [other])]
         if place in plan.copied:
             taken += [other for other in carrying if inside(other, [place])]
@@ -209,6 +213,12 @@ def _check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
     for place in plan.adapted:
         if inside(place, plan.copied):
             raise ValueError(f"{place} is named both in targets and in train_modules: exclude it from one of them")
+    for place in plan.tokens:
+        if place in plan.adapted or inside(place, plan.copied):
+            what = "targets" if place in plan.adapted else "train_modules"
+            raise ValueError(
+                f"rows of single tokens are trained in {place}, which {what} names too: leave it out there"
+            )
     for place in plan.copied:
         outer = [other for other in plan.copied if other != place and inside(place, [other])]
         if outer:

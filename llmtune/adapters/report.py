@@ -31,12 +31,13 @@ class AttachReport(_Shown):
 
     Attributes:
         name: the adapter.
-        modules: names of the modules with a low-rank change.
+        modules: names of the modules with a layer of the method.
         counts: how many modules each target pattern matched.
         copied: names of the modules trained whole.
         biases: names of the modules whose bias is trained.
         heads: a classifier's heads left frozen.
         summary: the line of `trainable_summary`.
+        tokens: names of the modules of which rows of single tokens are trained.
     """
 
     name: str
@@ -46,12 +47,13 @@ class AttachReport(_Shown):
     biases: tuple[str, ...]
     heads: tuple[str, ...]
     summary: str
+    tokens: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, name: str, plan: Plan) -> AttachReport:
         """Return the report of a plan that has been carried out."""
         parts = (tuple(plan.adapted), dict(plan.counts), tuple(plan.copied), tuple(plan.biases), tuple(plan.heads))
-        return cls(name, *parts, trainable_summary(model))
+        return cls(name, *parts, trainable_summary(model), tuple(plan.tokens))
 
     def __str__(self) -> str:
         patterns = ", ".join(f"{pattern} {count}" for pattern, count in self.counts.items())
@@ -60,6 +62,8 @@ class AttachReport(_Shown):
             lines.append(f"trained whole, as copies: {', '.join(self.copied)}")
         if self.biases:
             lines.append(f"trained biases: {len(self.biases)}")
+        if self.tokens:
+            lines.append(f"trained rows of single tokens: {', '.join(self.tokens)}")
         if self.heads:
             heads = ", ".join(self.heads)
             lines.append(f"frozen: {heads}; a head that starts at random must be named in train_modules")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,8 @@ class TrainedBias(AdapterLayer):
         TypeError: the module has no bias, or may not add it last.
     """
 
+    original: Tensor | None
+
     def __init__(self, base: nn.Module, *, dtype: torch.dtype | None = None, adapter_name: str = "default") -> None:
         super().__init__(base, adapter_name=adapter_name)
         bare: Any = bare_module(base)
@@ -88,7 +90,8 @@ class TrainedBias(AdapterLayer):
             )
         kind = bare.bias.dtype if dtype is None else torch.promote_types(dtype, bare.bias.dtype)
         self.trained_bias = nn.Parameter(bare.bias.detach().to(kind, copy=True))
-        self.register_buffer("original", bare.bias.detach().clone(), persistent=False)
+        # a base on the meta device has no values yet: then what stands there later is the original
+        self.register_buffer("original", None if bare.bias.is_meta else bare.bias.detach().clone(), persistent=False)
 
     @property
     def weight(self) -> Any:
@@ -109,7 +112,8 @@ class TrainedBias(AdapterLayer):
 
     def deltas(self) -> dict[str, Tensor]:
         """Return copy - original of the bias; see `AdapterLayer`."""
-        return {"bias": _wide(self.trained_bias) - _wide(self.original)}
+        original = bare_module(self).bias if self.original is None else self.original
+        return {"bias": _wide(self.trained_bias) - _wide(original)}
 
     def file_tensors(self, place: str) -> dict[str, Tensor]:
         """Return the bias by the name of the original; see `AdapterLayer`."""
@@ -118,7 +122,8 @@ class TrainedBias(AdapterLayer):
     def replacements(self) -> dict[str, Tensor]:
         """Return the trained bias, unless another adapter's change stands in the original; see `AdapterLayer`."""
         bare: Any = bare_module(self)
-        return {"bias": self.trained_bias} if torch.equal(bare.bias, cast(Tensor, self.original)) else {}
+        alone = self.original is None or torch.equal(bare.bias, self.original)
+        return {"bias": self.trained_bias} if alone else {}
 
 
 def check_first(base: nn.Module, method: str) -> None:
