@@ -131,7 +131,7 @@ class NewTokens(AdapterConfig):
             if any(not torch.equal(rows[0], other) for other in rows[1:]):
                 raise ValueError(
                     f"{group.owner} and {', '.join(group.tied)} are one weight in this model, and the file holds "
-                    "different rows for them: it was made for a model whose weights are not tied"
+                    "different rows for them, trained apart, which is not offered here"
                 )
         return config, ()
 

@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from llmtune.adapters import (
+    BitFit,
     DoRA,
     DoRALinear,
+    LayerNormTuning,
     LoRA,
     LoRALinear,
+    NewTokens,
+    NewTokensHead,
     TrainedBias,
     TrainedCopy,
     adapter_parameters,
@@ -38,7 +42,11 @@ LAYERS = {
     "dora": partial(DoRALinear, rank=3, alpha=5),
     "dora with dropout": partial(DoRALinear, rank=2, alpha=7, dropout=0.4, rslora=True),
     "trained copy": TrainedCopy,
+    "trained copy in float32": partial(TrainedCopy, dtype=torch.float32),
     "trained bias": TrainedBias,
+    "trained bias in float32": partial(TrainedBias, dtype=torch.float32),
+    "new tokens in a head": partial(NewTokensHead, tokens=[5, 2]),
+    "new tokens in a head, bf16": partial(NewTokensHead, tokens=[0], dtype=torch.bfloat16),
 }
 
 
@@ -173,6 +181,7 @@ REASONS = {  # the laws of a model that a method may be free of, each with its r
     "merge": "what it adds is no change of the weights",
 }
 lora, dora = partial(LoRA, rank=3, alpha=5), partial(DoRA, rank=3, alpha=5)
+TOKENS = [37, 96, 13]  # of which the first and the last are in IDS
 MODELS = {  # name: (model, record, *laws it is free of)
     "llama": (tiny_llama, lora()),
     "llama tied": (partial(tiny_llama, tied=True), lora()),
@@ -189,6 +198,28 @@ MODELS = {  # name: (model, record, *laws it is free of)
     "bert dora biases": (tiny_bert, dora(train_bias="lora_only")),
     "t5 dora": (tiny_t5, dora(targets=r".*\.(q|v|wi|wo)")),
     "t5 embeddings": (tiny_t5, lora(targets=["embed_tokens", "q"])),
+    "gpt2 bitfit": (tiny_gpt2, BitFit()),
+    "bert bitfit": (tiny_bert, BitFit(dtype=torch.float32)),
+    "bert classifier bitfit": (
+        partial(tiny_bert, labels=3),
+        BitFit(targets=["query", "LayerNorm"], train_modules=["classifier"]),
+    ),
+    "llama norms": (tiny_llama, LayerNormTuning()),
+    "gpt2 norms": (tiny_gpt2, LayerNormTuning(targets=["ln_1", "ln_f"], exclude=["0.ln_1"])),
+    "bert norms": (tiny_bert, LayerNormTuning(train_modules=["transform"])),
+    "t5 norms": (tiny_t5, LayerNormTuning(dtype=torch.float32)),
+    "llama tokens": (tiny_llama, NewTokens(tokens=TOKENS)),
+    "llama tokens, head too": (tiny_llama, NewTokens(tokens=TOKENS, targets=["embed_tokens", "lm_head"])),
+    "llama tied tokens": (partial(tiny_llama, tied=True), NewTokens(tokens=TOKENS)),
+    "gpt2 tokens": (tiny_gpt2, NewTokens(tokens=TOKENS, train_modules=["ln_f"])),
+    "gpt2 positions": (tiny_gpt2, NewTokens(tokens=[0, 7], targets=["wpe"])),
+    "bert tokens": (tiny_bert, NewTokens(tokens=TOKENS)),
+    "t5 tokens": (tiny_t5, NewTokens(tokens=TOKENS)),
+    "llama lora tokens": (tiny_llama, lora(train_tokens=TOKENS)),
+    "llama lora tokens by name": (tiny_llama, lora(train_tokens={"embed_tokens": TOKENS, "lm_head": [2, 96]})),
+    "llama tied dora tokens": (partial(tiny_llama, tied=True), dora(train_tokens=TOKENS)),
+    "bert lora tokens": (tiny_bert, lora(targets=["query"], train_tokens=TOKENS, train_bias="all")),
+    "t5 lora tokens": (tiny_t5, lora(targets=["q", "v"], train_tokens=TOKENS)),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -277,7 +308,7 @@ def test_a_model_with_an_adapter_keeps_the_laws(case, tmp_path):
 
 
 def merged_and_unmerged(model, copied, tuned, config):
-    if "embed_tokens" in getattr(config, "targets", ()) and model.config.model_type == "t5":
+    if "embed_tokens" in (getattr(config, "targets", None) or ()) and model.config.model_type == "t5":
         with pytest.raises(ValueError, match="tied weights"):
             merge(model)
         assert torch.equal(output(model), tuned), "a refusal changes nothing"
