@@ -244,7 +244,7 @@ def test_rows_that_differ_where_the_model_has_one_weight_are_refused(saved):
     tensors = load_file(path)
     head = next(key for key in tensors if "lm_head" in key)
     save_file(tensors | {head: tensors[head] + 1}, path)
-    with pytest.raises(ValueError, match="model.embed_tokens and lm_head are one weight in this model, and the file"):
+    with pytest.raises(ValueError, match=r"model.embed_tokens and lm_head are one weight in this model, and the file"):
         load(tied(), saved)
     load(tiny_llama(), saved, strict=False)  # an untied model takes the embedding's
 
