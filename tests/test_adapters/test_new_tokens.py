@@ -236,6 +236,17 @@ def test_a_tied_weight_is_merged_once_and_stays_tied(make, places, dtype):
     assert model.config.tie_word_embeddings
 
 
+def test_merged_rows_are_the_trained_ones_exactly():
+    """W + (R - W) would round to something else where R is small."""
+    model = attached(tied)
+    with torch.no_grad():
+        rows_of(model).copy_(1e-9 * torch.randn(3, 28, generator=torch.Generator().manual_seed(0)))
+    weight = model.lm_head.base.weight
+    assert not torch.equal(weight[TOKENS] + (rows_of(model) - weight[TOKENS]), rows_of(model))
+    merge(model)
+    assert torch.equal(weight[TOKENS], rows_of(model))
+
+
 def test_others_are_not_merged_under_the_rows():
     model = tiny_llama()
     attach(model, NewTokens(tokens=TOKENS, targets=["lm_head"]), "rows")

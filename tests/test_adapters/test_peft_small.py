@@ -178,6 +178,19 @@ def test_peft_forgets_the_bias_of_a_tied_head_and_we_do_not(tmp_path):
     close(output(theirs) + bias, start)
 
 
+def test_all_biases_beside_tokens_have_pefts_names(tmp_path):
+    options = {"target_modules": ["query"], "bias": "all", "trainable_token_indices": TOKENS}
+    theirs = peft.get_peft_model(tiny_bert(), low_rank(**options))
+    move(trained(theirs))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = tiny_bert()
+    load(model, tmp_path / "theirs")
+    save(model, tmp_path / "ours")
+    assert written(tmp_path / "ours") == written(tmp_path / "theirs")
+    tensors, again = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
+    assert all(torch.equal(tensors[key], again[key]) for key in tensors)
+
+
 def test_what_peft_lets_pass_is_read_and_reported(tmp_path):
     theirs = peft.get_peft_model(
         tiny_llama(),

@@ -149,10 +149,14 @@ class FancyRMSNormGated(nn.RMSNorm):
     """A name as some models have it."""
 
 
+class MatrixNorm(nn.Linear):
+    """A name that says norm, over a weight that is none."""
+
+
 def test_a_norm_is_known_by_its_structure():
     model = nn.Sequential(
         nn.Linear(7, 7), nn.LayerNorm(7), nn.LayerNorm(7, elementwise_affine=False), nn.RMSNorm(7), nn.GroupNorm(1, 7),
-        FancyRMSNormGated(7), nn.BatchNorm1d(7),
+        FancyRMSNormGated(7), nn.BatchNorm1d(7), MatrixNorm(7, 7),
     )  # fmt: skip
     assert attach(model, LayerNormTuning()).modules == ("1", "3", "4", "5")
     assert isinstance(model[1], TrainedNorm)
