@@ -20,6 +20,7 @@ from llmtune.adapters.lora_embedding import LoRAEmbedding
 from llmtune.adapters.loreft import LoReFT, LoReFTLayer, loreft_change
 from llmtune.adapters.memory import MemorySummary, memory_summary
 from llmtune.adapters.merge import merge, unmerge
+from llmtune.adapters.new_tokens import NewTokens
 from llmtune.adapters.parameters import LoRAParameter, changed_experts
 from llmtune.adapters.prefix import PrefixTuning
 from llmtune.adapters.prefix_layer import PrefixLayer, PrefixTable
@@ -32,7 +33,9 @@ from llmtune.adapters.rank_budget import RankBudget, kept_triplets, trim_ranks
 from llmtune.adapters.reach import check_gradients
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.report import AttachReport, CombineReport, LoadReport, MergeReport, trainable_summary
+from llmtune.adapters.small import BitFit, LayerNormTuning, TrainedNorm
 from llmtune.adapters.stack import AdapterStack
+from llmtune.adapters.token_rows import NewTokensEmbedding, NewTokensHead
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 from llmtune.adapters.vera import SharedProjections, VeRALinear, draw_projections, vera_linear
 from llmtune.adapters.vera_config import VeRA
@@ -47,6 +50,7 @@ __all__ = [
     "AdapterLayer",
     "AdapterStack",
     "AttachReport",
+    "BitFit",
     "Bottleneck",
     "BottleneckLayer",
     "CombineReport",
@@ -54,6 +58,7 @@ __all__ = [
     "DoRAConv1D",
     "DoRALinear",
     "IA3Linear",
+    "LayerNormTuning",
     "LoRA",
     "LoRAConv1D",
     "LoRAEmbedding",
@@ -64,6 +69,9 @@ __all__ = [
     "LoadReport",
     "MemorySummary",
     "MergeReport",
+    "NewTokens",
+    "NewTokensEmbedding",
+    "NewTokensHead",
     "PTuning",
     "ParallelBottleneckLayer",
     "PrefixLayer",
@@ -77,6 +85,7 @@ __all__ = [
     "SharedProjections",
     "TrainedBias",
     "TrainedCopy",
+    "TrainedNorm",
     "VeRA",
     "VeRALinear",
     "active",

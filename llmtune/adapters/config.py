@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmtune.adapters.dora import check_dora_start
 from llmtune.adapters.initialise import INITIALISATIONS, known_start, reads_weight
-from llmtune.adapters.lora_plan import check_same_scaling, plan_lora
+from llmtune.adapters.lora_plan import check_same_meaning, plan_lora
 from llmtune.adapters.peft_config import config_of, read_lora
 from llmtune.adapters.plan import Plan
 from llmtune.adapters.record import (
@@ -25,6 +25,7 @@ from llmtune.adapters.record import (
     check_probability,
     check_whole,
 )
+from llmtune.adapters.token_ids import read_tokens
 from llmtune.errors import did_you_mean
 
 
@@ -53,6 +54,8 @@ class LoRA(AdapterConfig):
             they take the start off.
         train_bias: "none", "lora_only" (those of adapted modules) or "all"; copies are trained, the model's own stay.
         train_modules: suffixes of modules to train whole, as copies: a new classification head, for instance.
+        train_tokens: ids of tokens whose rows of the input embedding are trained too, and of the output head where it
+            is tied; or {end of a module's name: ids} for other embeddings and heads. See `NewTokens`.
         dtype: of the adapter's parameters.
         any_rank: take ranks above the smaller side of a layer, which add nothing; files of combined adapters have them.
 
@@ -74,6 +77,7 @@ class LoRA(AdapterConfig):
     train_bias: Literal["none", "lora_only", "all"] = "none"
     train_modules: Sequence[str] = ()
     target_parameters: Sequence[str] = ()
+    train_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
     dtype: torch.dtype = torch.float32
     any_rank: bool = False
 
@@ -98,6 +102,7 @@ class LoRA(AdapterConfig):
             )
         if self.train_bias not in ("none", "lora_only", "all"):
             raise ValueError(f'train_bias must be "none", "lora_only" or "all"; got {self.train_bias!r}')
+        object.__setattr__(self, "train_tokens", read_tokens(self.train_tokens))
         check_dtype(self.dtype)
         check_names(self.targets, self.exclude, self.train_modules, self.target_parameters)
         self._check_target_parameters()
@@ -132,14 +137,18 @@ class LoRA(AdapterConfig):
         return read_lora(DoRA if entries.get("use_dora") else LoRA, entries, model, tensors)
 
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
-        """Raise where the attached adapter scales otherwise; see `AdapterConfig.check_attached`."""
+        """Raise where the attached adapter scales otherwise or trains other tokens; see `AdapterConfig.check_attached`.
+
+        Raises:
+            ValueError: it does.
+        """
         super().check_attached(model, name, attached, source=source)
         if isinstance(attached, LoRA) and reads_weight(attached.initialise):
             raise ValueError(
                 f'the attached "{name}" started from the weights ("{attached.initialise}") and files hold that start '
                 "as well: detach it first, and loading attaches what the file describes"
             )
-        check_same_scaling(model, self, name, source=source)
+        check_same_meaning(model, self, name, source=source)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, named_pla
 from llmtune.adapters.parameters import LoRAParameter
 from llmtune.adapters.record import METHODS, OWN_TYPE, PEFT_TYPES, AdapterConfig
 from llmtune.adapters.report import LoadReport
+from llmtune.adapters.token_rows import TokenRows
 from llmtune.adapters.trained_copy import TrainedBias
 from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
@@ -223,7 +224,8 @@ def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
                 others = biases.get(id(bare_module(layer)._parameters["bias"]), [])
                 tensors |= dict.fromkeys(others, layer.trained_bias)
                 if any(not isinstance(other, TrainedBias) for other in layers):  # PEFT has wrapped this module as well
-                    tensors[f"{PREFIX}{place}.base_layer.bias"] = tensors.pop(f"{PREFIX}{place}.bias")
+                    inner = "token_adapter." if any(isinstance(other, TokenRows) for other in layers) else ""
+                    tensors[f"{PREFIX}{place}.{inner}base_layer.bias"] = tensors.pop(f"{PREFIX}{place}.bias")
             found |= tensors
         around[place] = sum(isinstance(layer, LoRAParameter) for layer in layers)
     return found

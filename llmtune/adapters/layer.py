@@ -50,6 +50,14 @@ class AdapterLayer(nn.Module):
         """Whether the forward pass adds this layer's change: it is active, and not already in the base's weights."""
         return self.active and not self.merged
 
+    @property
+    def origin(self) -> AdapterLayer:
+        """The layer whose trained tensors this one uses at another place of a tied weight; itself where it has its own.
+
+        Layers of one origin change all places of their tied weight alike.
+        """
+        return self
+
     def deltas(self) -> dict[str, Tensor]:
         """Return what this layer adds to each of the bare module's parameters, by that parameter's local name.
 

@@ -17,6 +17,7 @@ from llmtune.adapters.parameter_plan import matching_parameters, named_locals
 from llmtune.adapters.parameters import LoRAParameter, check_parameter, sizes_of
 from llmtune.adapters.plan import Build, Plan, check_free, plan_targets
 from llmtune.adapters.targets import check_called, check_patterns_used, is_conv1d, pattern_value
+from llmtune.adapters.token_plan import check_same_tokens, token_builders, token_groups, token_places
 
 if TYPE_CHECKING:
     from llmtune.adapters.config import LoRA
@@ -32,13 +33,17 @@ def plan_lora(model: nn.Module, config: LoRA, name: str) -> Plan:
 
     Raises:
         ValueError: a pattern matches nothing, a rank is too large for its layer, the root is a target, or a module
-            would be adapted twice.
-        TypeError: a target is of a kind that cannot be adapted.
+            would be adapted twice; a token of train_tokens is out of range or trained already.
+        TypeError: a target is of a kind that cannot be adapted, or train_tokens names one of which rows cannot be.
     """
+    groups = token_groups(model, config.train_tokens) if config.train_tokens else []
     plan = plan_targets(
         model, config, name, adaptable=lambda module: _kind(module) is not None,
-        build=partial(_builder, config=config, name=name), train_bias=config.train_bias,
+        build=partial(_builder, config=config, name=name), train_bias=config.train_bias, tokens=token_places(groups),
     )  # fmt: skip
+    plan.builders += token_builders(
+        model, groups, name, dtype=config.dtype, file_name="token_adapter.trainable_tokens_delta", in_every_place=False
+    )
     if config.target_parameters:
         _add_parameters(model, config, name, plan)
     adapted = [*plan.adapted, *plan.parameters]
@@ -86,8 +91,9 @@ def _too_large(rank: int, name: str, largest: int) -> str:
     return f"the rank {rank} is larger than {name} allows: the smaller of its two sizes is {largest}"
 
 
-def check_same_scaling(model: nn.Module, config: LoRA, name: str, *, source: Path) -> None:
-    """Raise where the file's tensors would be scaled otherwise than they were trained; another rank shows in shapes.
+def check_same_meaning(model: nn.Module, config: LoRA, name: str, *, source: Path) -> None:
+    """Raise where the file's tensors would be scaled otherwise than they were trained, or rows be other tokens';
+    another rank shows in shapes.
 
     Args:
         model: the model.
@@ -96,8 +102,10 @@ def check_same_scaling(model: nn.Module, config: LoRA, name: str, *, source: Pat
         source: the file's folder.
 
     Raises:
-        ValueError: a layer scales by another factor.
+        ValueError: a layer scales by another factor, or trains the rows of other tokens.
     """
+    groups = token_groups(model, config.train_tokens) if config.train_tokens else []
+    check_same_tokens(model, groups, name, source=source)
     for place, module in named_places(model):
         for layer in adapter_chain(module):
             if layer.adapter_name != name or not isinstance(layer, LowRankLayer | LoRAParameter):

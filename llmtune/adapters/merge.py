@@ -36,7 +36,7 @@ def merge(
         keep_base: keep the originals on the CPU, so that `unmerge` is exact to the bit. False removes the adapter's
             layers for good: with the last adapter gone the model is a plain one.
         untie: where a weight to be changed is tied to another (embedding and output head), give it storage of its own
-            first. Without it such a weight raises.
+            first. Without it such a weight raises, unless the adapter changes it alike in all its places (`NewTokens`).
         dequantize: put a plain `nn.Linear` with the merged weight in the place of every quantised layer adapted, in
             the dtype the weight had before it was quantised, or in the one given here. Merging into the quantised
             weight itself would round most of the change away, so without this it raises. With keep_base the quantised
@@ -64,10 +64,10 @@ def merge(
             "(set_active)"
         )
     names = _place_names(model)
-    changes = _changes(model, name, names, dequantize)
-    quantised = {place: changes.pop(place) for place in list(changes) if is_quantised(place)}
     tied = _tied(names)
-    shared = [place for place in changes if place in tied]
+    changes, alike = _changes(model, name, names, tied, dequantize)
+    quantised = {place: changes.pop(place) for place in list(changes) if is_quantised(place)}
+    shared = [place for place in changes if place in tied and place not in alike]
     if shared and not untie:
         raise ValueError(
             f"{names[shared[0]]} shares its storage with another parameter (tied weights), which would change too: "
@@ -140,8 +140,15 @@ def unmerge(model: nn.Module, name: str = "default") -> None:
         layer.merged = False
 
 
-def _changes(model: nn.Module, name: str, names: dict[Place, str], dequantize: bool | torch.dtype) -> dict[Place, Any]:
-    """Return for each parameter a function that gives its merged value in float32, all checked."""
+def _changes(
+    model: nn.Module,
+    name: str,
+    names: dict[Place, str],
+    tied: dict[Place, list[Place]],
+    dequantize: bool | torch.dtype,
+) -> tuple[dict[Place, Any], set[Place]]:
+    """Return for each parameter a function that gives its merged value in float32, all checked; and those that are tied
+    and changed alike in all their places, of which the first alone is returned."""
     by_place: dict[Place, list[tuple[AdapterLayer, str]]] = defaultdict(list)
     readers = {
         id(bare_module(layer)): layer
@@ -151,7 +158,9 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str], dequantize: b
     for layer in dict.fromkeys(adapter_layers(model, name)):
         bare = bare_module(layer)
         reader = readers.get(id(bare))
-        if reader is not None and (reader.reads_bias or not isinstance(layer, TrainedBias)):
+        spares = isinstance(layer, TrainedBias) and (reader is None or not reader.reads_bias)
+        # two that read the weight stand at one place only where each reads what the other leaves alone
+        if reader is not None and not spares and not layer.reads_weight:
             raise ValueError(
                 f'adapter "{reader.adapter_name}" is made for the weights as they are, and "{name}" would change '
                 f'them under it: merge "{reader.adapter_name}" first'
@@ -182,13 +191,22 @@ def _changes(model: nn.Module, name: str, names: dict[Place, str], dequantize: b
             by_place[place].append((layer, local))
         if isinstance(layer, TrainedCopy):  # a norm's running statistics, say, have gone on with the copy
             by_place |= {_place(bare, local): [(layer, local)] for local, _ in layer.copy.named_buffers()}
-    changes = {place: _merged(place, layers) for place, layers in by_place.items()}
+    alike = {place for place in by_place if _changed_alike(tied.get(place, []), by_place)}
+    repeated = {other for place in alike for other in tied[place][1:]}
+    changes = {place: _merged(place, layers) for place, layers in by_place.items() if place not in repeated}
     for place, value in changes.items():
         if is_quantised(place):
             _check_fits(names[place], plain_dtype(place[0], model, dequantize), None, value)
         else:
             _check_fits(names[place], _parameter(place).dtype, _parameter(place), value)
-    return changes
+    return changes, alike
+
+
+def _changed_alike(places: list[Place], by_place: dict[Place, list[tuple[AdapterLayer, str]]]) -> bool:
+    """Return whether one parameter stands in several places and layers of the same origins change it in each."""
+    if len({id(_parameter(place)) for place in places}) != 1 or not all(place in by_place for place in places):
+        return False
+    return len({tuple(id(layer.origin) for layer, _ in by_place[place]) for place in places}) == 1
 
 
 def _check_fits(name: str, dtype: torch.dtype, before: Tensor | None, value: Any) -> None:
@@ -238,15 +256,15 @@ def _set(place: Place, parameter: nn.Parameter) -> None:
     module._parameters[local] = parameter
 
 
-def _tied(names: dict[Place, str]) -> set[Place]:
-    """Return the places whose parameter lies in a storage that another place's parameter lies in as well."""
+def _tied(names: dict[Place, str]) -> dict[Place, list[Place]]:
+    """Return for each place whose parameter shares its storage with another place's all the places that share it."""
     by_storage: dict[int, list[Place]] = defaultdict(list)
     for place in names:
         parameter = _parameter(place)
         if not isinstance(parameter, nn.Parameter):
             continue
         by_storage[parameter.untyped_storage().data_ptr() or id(parameter)].append(place)
-    return {place for places in by_storage.values() if len(places) > 1 for place in places}
+    return {place: places for places in by_storage.values() if len(places) > 1 for place in places}
 
 
 def _untie_config(model: nn.Module) -> bool:

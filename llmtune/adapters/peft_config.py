@@ -17,9 +17,11 @@ from llmtune.adapters.initialise import reads_weight
 from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
 from llmtune.adapters.parameter_plan import named_locals
 from llmtune.adapters.parameters import LoRAParameter
+from llmtune.adapters.peft_tokens import read_train_tokens, written_tokens
 from llmtune.adapters.plan import Targeted
 from llmtune.adapters.record import Targets
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
+from llmtune.adapters.token_rows import TokenRows
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ PLAIN: dict[str, Any] = {
     "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
     "eva_config": None, "kasa_config": None, "layer_replication": None, "layers_pattern": None,
     "layers_to_transform": None, "loftq_config": {}, "lora_ga_config": None, "megatron_config": None,
-    "monteclora_config": None, "qalora_group_size": 16, "trainable_token_indices": None,
+    "monteclora_config": None, "qalora_group_size": 16,
     "use_bdlora": None, "use_qalora": False, "velora_config": None,
 }  # fmt: skip
 # What says where an adapter came from, or how it is to be run, and changes nothing in its meaning.
@@ -43,7 +45,8 @@ ASIDE = {
 }  # fmt: skip
 OWN = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout",
-    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters", "use_dora",
+    "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters",
+    "trainable_token_indices", "use_dora",
     "use_rslora",
 }  # fmt: skip
 # How PEFT drew the start, without touching the base: of no consequence once the tensors are read.
@@ -74,6 +77,7 @@ def config_of(model: nn.Module, config: LoRA, name: str) -> dict[str, Any]:
         "r": config.rank,
         "rank_pattern": dict(config.rank_pattern),
         "target_parameters": list(config.target_parameters) or None,
+        "trainable_token_indices": written_tokens(model, config.train_tokens, name),
         "use_dora": config.decomposes,
         "use_rslora": config.rslora,
     }
@@ -92,18 +96,24 @@ def common_entries(
         peft_type: PEFT's name of the method.
         excludes: whether the method has "exclude_modules" in PEFT; where not, the targets are written out.
     """
+    transposed = [is_conv1d(layer) for layer in _method_layers(model, name)]
+    return about_model(model) | {
+        "fan_in_fan_out": bool(transposed) and all(transposed),
+        "modules_to_save": copied(model, name) or None,
+        "peft_type": peft_type,
+        "target_modules": _written_targets(model, config, name, excludes=excludes),
+    }
+
+
+def about_model(model: nn.Module) -> dict[str, Any]:
+    """Return the entries that PEFT writes for every method: what the adapter is for."""
     kind = type(model)
     task = next((task for ending, task in TASKS.items() if kind.__name__.endswith(ending)), None)
-    transposed = [is_conv1d(layer) for layer in _method_layers(model, name)]
     return {
         "auto_mapping": None if task else {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "fan_in_fan_out": bool(transposed) and all(transposed),
         "inference_mode": True,
-        "modules_to_save": _copied(model, name) or None,
-        "peft_type": peft_type,
         "revision": None,
-        "target_modules": _written_targets(model, config, name, excludes=excludes),
         "task_type": task,
     }
 
@@ -167,6 +177,7 @@ def read_lora(
         alpha_pattern=read.get("alpha_pattern") or {},
         train_modules=tuple(read.get("modules_to_save") or ()),
         target_parameters=tuple(read.get("target_parameters") or ()),
+        train_tokens=read_train_tokens(model, read.get("trainable_token_indices")),
         dtype=next((tensor.dtype for key, tensor in tensors.items() if ".lora_" in key), torch.float32),
     )
     return fitted(config, model)
@@ -194,10 +205,10 @@ def as_targets(value: Any) -> Targets:
     return value if isinstance(value, str) else tuple(value)
 
 
-def _copied(model: nn.Module, name: str) -> list[str]:
+def copied(model: nn.Module, name: str) -> list[str]:
     """Return the full names of the modules trained whole: PEFT's rule for short ones would match more."""
-    copied = {id(bare_module(layer)) for layer in adapter_layers(model, name) if isinstance(layer, TrainedCopy)}
-    return sorted(place for place, module in named_places(model) if id(bare_module(module)) in copied)
+    whole = {id(bare_module(layer)) for layer in adapter_layers(model, name) if type(layer) is TrainedCopy}
+    return sorted(place for place, module in named_places(model) if id(bare_module(module)) in whole)
 
 
 def fitted(config: Record, model: nn.Module) -> tuple[Record, tuple[str, ...]]:
@@ -228,8 +239,8 @@ def fitted(config: Record, model: nn.Module) -> tuple[Record, tuple[str, ...]]:
     excluding = used("exclude_modules", config.exclude, found, _rule(config.exclude))
     out = [name for name in found if any(_rule(config.exclude)(pattern, name) for pattern in excluding)]
     ends = used("modules_to_save", config.train_modules, names, lambda end, name: name.endswith(end))
-    copied = [name for name in names if any(name.endswith(end) for end in ends)]
-    adapted = [name for name in found if name not in out and not inside(name, copied)]
+    whole = [name for name in names if any(name.endswith(end) for end in ends)]
+    adapted = [name for name in found if name not in out and not inside(name, whole)]
     stacks = used("target_parameters", getattr(config, "target_parameters", ()), parameters, _ends)
     changed = [*adapted, *(name for name in parameters if any(_ends(end, name) for end in stacks))]
     patterns: dict[str, Any] = {key: getattr(config, key) for key in PATTERNS if hasattr(config, key)}
@@ -244,7 +255,7 @@ def fitted(config: Record, model: nn.Module) -> tuple[Record, tuple[str, ...]]:
         cast(Any, config),
         targets=targets if isinstance(targets, str) else tuple(kept),
         exclude=config.exclude if excluding and isinstance(config.exclude, str) else tuple(excluding),
-        train_modules=tuple(copied),
+        train_modules=tuple(whole),
         **patterns,
     )
     return fitting, tuple(idle)
@@ -261,7 +272,7 @@ def _ends(pattern: str, name: str) -> bool:
 
 
 def _method_layers(model: nn.Module, name: str) -> list[AdapterLayer]:
-    others = TrainedBias | TrainedCopy | LoRAParameter
+    others = TrainedBias | TrainedCopy | LoRAParameter | TokenRows
     return [layer for layer in adapter_layers(model, name) if not isinstance(layer, others)]
 
 

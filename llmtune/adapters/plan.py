@@ -45,6 +45,7 @@ class Plan:
         adapted: the names of the modules that get a layer of the method.
         copied: those trained whole, as copies.
         biases: those whose bias is trained.
+        tokens: those of which rows of single tokens are trained.
         heads: heads outside a Hugging Face model's body that are neither; a new one starts at random.
         parameters: the names of the parameters that get a layer of the method by themselves.
         experts: those of experts that "all-linear" leaves out, since no linear layer owns them.
@@ -55,6 +56,7 @@ class Plan:
     adapted: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
     heads: list[str] = field(default_factory=list)
     parameters: list[str] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
@@ -69,6 +71,7 @@ def plan_targets(
     adaptable: Callable[[nn.Module], bool],
     build: Callable[[str, nn.Module], Build],
     train_bias: str = "none",
+    tokens: Sequence[str] = (),
 ) -> Plan:
     """Work out the layers of a method that goes to named modules, one layer each.
 
@@ -80,19 +83,22 @@ def plan_targets(
         build: given a place and the module there, adapters around it included, checks them and returns the function
             that makes the layer.
         train_bias: "none", "lora_only" (of adapted modules) or "all".
+        tokens: places of which rows of single tokens are to be trained as well.
 
     Raises:
         ValueError: a pattern matches nothing, the root is a target, or a module would be adapted twice.
         TypeError: a bias cannot be trained; and what `build` raises.
     """
     places = dict(named_places(model))
-    plan = Plan()
+    plan = Plan(tokens=list(tokens))
     plan.copied = copied_places(config.train_modules, places)
     plan.adapted = _adapted(model, config, places, plan, adaptable)
     plan.experts = frozen_experts(places, plan.copied) if config.targets == ALL_LINEAR else []
     _check_ties(places, plan.adapted)
-    if train_bias != "none":
-        plan.biases = _bias_places(train_bias, places, plan)
+    if train_bias == "lora_only":
+        plan.biases = [place for place in plan.adapted if adds_bias_last(bare_module(places[place]))]
+    elif train_bias == "all":
+        plan.biases = every_bias(places, plan.copied, who='train_bias="all"', instead='use train_bias="lora_only"')
     builders = [(place, build(place, places[place])) for place in plan.adapted]
     finish(model, plan, name)
     plan.builders += builders
@@ -104,6 +110,33 @@ def copied_places(train_modules: Sequence[str], places: Mapping[str, nn.Module])
     names = [place for place in places if place]
     found = matching(list(train_modules), names, what="train_modules") if train_modules else {}
     return list(dict.fromkeys(place for some in found.values() for place in some))
+
+
+def every_bias(places: Mapping[str, nn.Module], copied: Sequence[str], *, who: str, instead: str) -> list[str]:
+    """Return the places of every bias that `TrainedBias` can train, a tied one once.
+
+    Args:
+        places: the model's modules by bare name.
+        copied: places trained whole, which are left out with all that is inside them.
+        who: what asks for every bias, for the sentence.
+        instead: what else the caller may do, for the sentence.
+
+    Raises:
+        TypeError: a bias is of a module that may not add it last; names it.
+    """
+    covered: dict[int, str] = {}
+    for place, module in places.items():
+        if place and adds_bias_last(bare_module(module)) and not inside(place, copied):
+            covered.setdefault(id(bare_module(module).bias), place)
+    for place, module in places.items():
+        for local, parameter in bare_module(module)._parameters.items():
+            known = parameter is None or "bias" not in local or id(parameter) in covered
+            if not known and not inside(place, copied):
+                raise TypeError(
+                    f"{who} cannot train {place}.{local} of a {type(bare_module(module)).__name__}: "
+                    f"name the module in train_modules, or {instead}"
+                )
+    return list(covered.values())
 
 
 def finish(model: nn.Module, plan: Plan, name: str) -> None:
@@ -169,35 +202,13 @@ def _adapted(
     return wanted
 
 
-def _bias_places(train_bias: str, places: Mapping[str, nn.Module], plan: Plan) -> list[str]:
-    if train_bias == "lora_only":
-        return [place for place in plan.adapted if adds_bias_last(bare_module(places[place]))]
-    covered: dict[int, str] = {}
-    for place, module in places.items():
-        if place and adds_bias_last(bare_module(module)) and not inside(place, plan.copied):
-            covered.setdefault(id(bare_module(module).bias), place)
-    for place, module in places.items():
-        for local, parameter in bare_module(module)._parameters.items():
-            if (
-                parameter is not None
-                and "bias" in local
-                and id(parameter) not in covered
-                and not inside(place, plan.copied)
-            ):
-                raise TypeError(
-                    f'train_bias="all" cannot train {place}.{local} of a {type(bare_module(module)).__name__}: '
-                    'name the module in train_modules, or use train_bias="lora_only"'
-                )
-    return list(covered.values())
-
-
 def check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
     """Check that no module is adapted twice: one trained whole runs instead of the base and of all that is inside it,
     so it belongs to one adapter alone.
 
     Args:
         places: the modules by bare name.
-        plan: with adapted, copied, biases and parameters filled in.
+        plan: with adapted, copied, biases, tokens and parameters filled in.
 
     Raises:
         ValueError: a module is taken, or named twice.
@@ -205,7 +216,7 @@ def check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
     owners = [name.rpartition(".")[0] for name in plan.parameters]
     carrying = {place: chain for place, module in places.items() if (chain := adapter_chain(module))}
     whole = [place for place, chain in carrying.items() if any(isinstance(layer, TrainedCopy) for layer in chain)]
-    for place in (*plan.adapted, *plan.biases, *plan.copied, *owners):
+    for place in (*plan.adapted, *plan.tokens, *plan.biases, *plan.copied, *owners):
         taken = [other for other in whole if inside(place, [other])]
         if place in plan.copied:
             taken += [other for other in carrying if inside(other, [place])]
@@ -223,6 +234,12 @@ def check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
             raise ValueError(f"{name} is named in target_parameters and its module in train_modules: leave one out")
         if place in plan.adapted:
             raise ValueError(f"{name} is named in target_parameters and its module in targets: leave one out")
+    for place in plan.tokens:
+        if place in plan.adapted or inside(place, plan.copied):
+            what = "targets" if place in plan.adapted else "train_modules"
+            raise ValueError(
+                f"rows of single tokens are trained in {place}, which {what} names too: leave it out there"
+            )
     for place in plan.copied:
         outer = [other for other in plan.copied if other != place and inside(place, [other])]
         if outer:

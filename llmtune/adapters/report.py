@@ -35,7 +35,7 @@ class AttachReport(Shown):
 
     Attributes:
         name: the adapter.
-        modules: names of the modules with a low-rank change.
+        modules: names of the modules with a layer of the method.
         counts: how many modules each target pattern matched.
         copied: names of the modules trained whole.
         biases: names of the modules whose bias is trained.
@@ -43,6 +43,7 @@ class AttachReport(Shown):
         summary: the line of `trainable_summary`.
         parameters: names of the parameters with a low-rank change of their own.
         experts: names of stacked weights of experts that "all-linear" left frozen.
+        tokens: names of the modules of which rows of single tokens are trained.
     """
 
     name: str
@@ -54,12 +55,15 @@ class AttachReport(Shown):
     summary: str
     parameters: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, name: str, plan: Plan) -> AttachReport:
         """Return the report of a plan that has been carried out."""
         parts = (tuple(plan.adapted), dict(plan.counts), tuple(plan.copied), tuple(plan.biases), tuple(plan.heads))
-        return cls(name, *parts, trainable_summary(model), tuple(plan.parameters), tuple(plan.experts))
+        return cls(
+            name, *parts, trainable_summary(model), tuple(plan.parameters), tuple(plan.experts), tuple(plan.tokens)
+        )  # fmt: skip
 
     def __str__(self) -> str:
         patterns = ", ".join(f"{pattern} {count}" for pattern, count in self.counts.items())
@@ -70,6 +74,8 @@ class AttachReport(Shown):
             lines.append(f"trained whole, as copies: {', '.join(self.copied)}")
         if self.biases:
             lines.append(f"trained biases: {len(self.biases)}")
+        if self.tokens:
+            lines.append(f"trained rows of single tokens: {', '.join(self.tokens)}")
         if self.heads:
             heads = ", ".join(self.heads)
             lines.append(f"frozen: {heads}; a head that starts at random must be named in train_modules")

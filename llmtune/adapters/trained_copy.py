@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from llmtune.adapters.layer import PREFIX, AdapterLayer, adapter_chain, bare_module
 
@@ -14,9 +15,12 @@ from llmtune.adapters.layer import PREFIX, AdapterLayer, adapter_chain, bare_mod
 class TrainedCopy(AdapterLayer):
     """A module trained whole, as a copy: PEFT's `modules_to_save`.
 
+    Where the copy's dtype is not the base's, its parameters are rounded to the base's on use, so that the output keeps
+    the dtype it had and starts as it was, to the bit.
+
     Args:
         base: any module, for instance a classification head that starts at random.
-        dtype: of the copy's floating parameters; None keeps the base's.
+        dtype: of the copy's floating parameters, or a wider one where it cannot hold the base's; None keeps the base's.
         adapter_name: the adapter the copy belongs to.
 
     Raises:
@@ -33,11 +37,20 @@ class TrainedCopy(AdapterLayer):
             )
         self.copy = copy.deepcopy(bare_module(base)).requires_grad_(True)
         if dtype is not None:
-            self.copy.to(dtype)
+            for parameter in self.copy.parameters():
+                parameter.data = parameter.data.to(torch.promote_types(dtype, parameter.dtype))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy where the adapter takes part, else the base."""
-        return (self.copy if self.takes_part else self.base)(*args, **kwargs)
+        if not self.takes_part:
+            return self.base(*args, **kwargs)
+        original = dict(bare_module(self).named_parameters())
+        rounded = {
+            name: parameter.to(original[name].dtype)
+            for name, parameter in self.copy.named_parameters()
+            if parameter.dtype != original[name].dtype
+        }
+        return functional_call(self.copy, rounded, args, kwargs) if rounded else self.copy(*args, **kwargs)
 
     def deltas(self) -> dict[str, Tensor]:
         """Return copy - original for every parameter, by its name in the module; see `AdapterLayer`."""
@@ -68,21 +81,26 @@ class TrainedBias(AdapterLayer):
 
     Args:
         base: a linear layer, `Conv1D` or layer norm with a bias [out].
+        dtype: of the copy, or a wider one where it cannot hold the base's; None keeps the base's.
         adapter_name: the adapter the copy belongs to.
 
     Raises:
         TypeError: the module has no bias, or may not add it last.
     """
 
-    def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
+    original: Tensor | None
+
+    def __init__(self, base: nn.Module, *, dtype: torch.dtype | None = None, adapter_name: str = "default") -> None:
         super().__init__(base, adapter_name=adapter_name)
         bare: Any = bare_module(base)
         if not adds_bias_last(bare):
             raise TypeError(
                 f"cannot train the bias of a {type(bare).__name__}: name the module in train_modules instead"
             )
-        self.trained_bias = nn.Parameter(bare.bias.detach().clone())
-        self.register_buffer("original", bare.bias.detach().clone(), persistent=False)
+        kind = bare.bias.dtype if dtype is None else torch.promote_types(dtype, bare.bias.dtype)
+        self.trained_bias = nn.Parameter(bare.bias.detach().to(kind, copy=True))
+        # a base on the meta device has no values yet: then what stands there later is the original
+        self.register_buffer("original", None if bare.bias.is_meta else bare.bias.detach().clone(), persistent=False)
 
     @property
     def weight(self) -> Any:
@@ -103,7 +121,8 @@ class TrainedBias(AdapterLayer):
 
     def deltas(self) -> dict[str, Tensor]:
         """Return copy - original of the bias; see `AdapterLayer`."""
-        return {"bias": _wide(self.trained_bias) - _wide(self.original)}
+        original = bare_module(self).bias if self.original is None else self.original
+        return {"bias": _wide(self.trained_bias) - _wide(original)}
 
     def file_tensors(self, place: str) -> dict[str, Tensor]:
         """Return the bias by the name of the original; see `AdapterLayer`."""
@@ -112,7 +131,8 @@ class TrainedBias(AdapterLayer):
     def replacements(self) -> dict[str, Tensor]:
         """Return the trained bias, unless another adapter's change stands in the original; see `AdapterLayer`."""
         bare: Any = bare_module(self)
-        return {"bias": self.trained_bias} if torch.equal(bare.bias, cast(Tensor, self.original)) else {}
+        alone = self.original is None or torch.equal(bare.bias, self.original)
+        return {"bias": self.trained_bias} if alone else {}
 
 
 def check_first(base: nn.Module, method: str, *, and_bias: bool = False) -> None:

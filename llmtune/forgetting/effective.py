@@ -92,7 +92,7 @@ def effective_parameters(model: nn.Module) -> dict[str, EffectiveParameter]:
             name = _join(place, local)
             own, layers = copies.get(name) or (parameter, _changing(adding, local))
             first = found.setdefault(id(own), EffectiveParameter(name, own, local, layers))
-            if first.name != name and first.layers != layers:
+            if first.name != name and [a.origin for a in first.layers] != [b.origin for b in layers]:
                 found[id(own)] = replace(first, tied=name, layers=first.layers or layers)
     return {entry.name: entry for entry in found.values()}
 
@@ -145,6 +145,8 @@ def differentiable(model: nn.Module, chosen: Mapping[str, EffectiveParameter]) -
         chosen: from `choose_parameters`.
     """
     every = effective_parameters(model)
+    tied = {id(entry.parameter): entry for entry in every.values() if entry.tied is None}
+    values: dict[str, nn.Parameter] = {}
     tensors = {name: entry.parameter for name, entry in chosen.items()}
     swapped: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
     replaced: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
@@ -161,10 +163,13 @@ def differentiable(model: nn.Module, chosen: Mapping[str, EffectiveParameter]) -
                 )
             bare = bare_module(module)
             for local, parameter in list(bare._parameters.items()):
-                entry = every.get(_join(place, local))
+                entry = every.get(_join(place, local)) or tied.get(id(parameter))
                 if parameter is None or entry is None:
                     continue
-                value = nn.Parameter(entry.value().detach().to(parameter.dtype), requires_grad=False)
+                if entry.name not in values:
+                    made = entry.value().detach().to(parameter.dtype)
+                    values[entry.name] = nn.Parameter(made, requires_grad=False)
+                value = values[entry.name]
                 replaced.append((bare._parameters, local, parameter))
                 bare._parameters[local] = value
                 if entry.name in tensors:

@@ -12,16 +12,20 @@ from llmtune.adapters import (
     IA3,
     AdaLoRA,
     AdaLoRALinear,
+    BitFit,
     Bottleneck,
     BottleneckLayer,
     DoRA,
     DoRALinear,
     IA3Linear,
+    LayerNormTuning,
     LoRA,
     LoRALinear,
     LoRAParameter,
     LoReFT,
     LoReFTLayer,
+    NewTokens,
+    NewTokensHead,
     ParallelBottleneckLayer,
     PrefixTuning,
     PromptTuning,
@@ -62,6 +66,7 @@ LAYERS = {
     "vera with dropout": partial(VeRALinear, rank=5, dropout=0.4),
     "lora of a parameter": partial(LoRAParameter, parameter="weight", rank=3, alpha=5),
     "trained copy": TrainedCopy,
+    "trained copy in float32": partial(TrainedCopy, dtype=torch.float32),
     "trained bias": TrainedBias,
     "bottleneck": partial(BottleneckLayer, size=3, scaling=1.7),
     "bottleneck with dropout": partial(BottleneckLayer, size=2, activation="tanh", dropout=0.4),
@@ -77,6 +82,9 @@ EXEMPT = {  # a word in a row's name: what it is free of
     "orthogonal": "start to the digit",
     "pissa": "start to the digit",
     "olora": "start to the digit",
+    "trained bias in float32": partial(TrainedBias, dtype=torch.float32),
+    "new tokens in a head": partial(NewTokensHead, tokens=[5, 2]),
+    "new tokens in a head, bf16": partial(NewTokensHead, tokens=[0], dtype=torch.bfloat16),
 }
 
 
@@ -214,6 +222,7 @@ REASONS = {  # the laws of a model that a method may be free of, each with its r
 lora, dora = partial(LoRA, rank=3, alpha=5), partial(DoRA, rank=3, alpha=5)
 adalora = partial(AdaLoRA, initial_rank=5, target_rank=3, alpha=7, total_steps=10)
 bottleneck = partial(Bottleneck, size=5, activation="gelu")
+TOKENS = [37, 96, 13]  # of which the first and the last are in IDS
 MODELS = {  # name: (model, record, *laws it is free of)
     "llama": (tiny_llama, lora()),
     "llama tied": (partial(tiny_llama, tied=True), lora()),
@@ -303,6 +312,28 @@ MODELS = {  # name: (model, record, *laws it is free of)
     "gpt2 adalora": (tiny_gpt2, adalora(targets=["c_attn", "c_proj"])),
     "bert adalora": (tiny_bert, adalora(targets=["query", "value"], train_modules=["decoder"])),
     "t5 adalora": (tiny_t5, adalora(targets=r".*\.(q|v|wi|wo)")),
+    "gpt2 bitfit": (tiny_gpt2, BitFit()),
+    "bert bitfit": (tiny_bert, BitFit(dtype=torch.float32)),
+    "bert classifier bitfit": (
+        partial(tiny_bert, labels=3),
+        BitFit(targets=["query", "LayerNorm"], train_modules=["classifier"]),
+    ),
+    "llama norms": (tiny_llama, LayerNormTuning()),
+    "gpt2 norms": (tiny_gpt2, LayerNormTuning(targets=["ln_1", "ln_f"], exclude=["0.ln_1"])),
+    "bert norms": (tiny_bert, LayerNormTuning(train_modules=["transform"])),
+    "t5 norms": (tiny_t5, LayerNormTuning(dtype=torch.float32)),
+    "llama tokens": (tiny_llama, NewTokens(tokens=TOKENS)),
+    "llama tokens, head too": (tiny_llama, NewTokens(tokens=TOKENS, targets=["embed_tokens", "lm_head"])),
+    "llama tied tokens": (partial(tiny_llama, tied=True), NewTokens(tokens=TOKENS)),
+    "gpt2 tokens": (tiny_gpt2, NewTokens(tokens=TOKENS, train_modules=["ln_f"])),
+    "gpt2 positions": (tiny_gpt2, NewTokens(tokens=[0, 7], targets=["wpe"])),
+    "bert tokens": (tiny_bert, NewTokens(tokens=TOKENS)),
+    "t5 tokens": (tiny_t5, NewTokens(tokens=TOKENS)),
+    "llama lora tokens": (tiny_llama, lora(train_tokens=TOKENS)),
+    "llama lora tokens by name": (tiny_llama, lora(train_tokens={"embed_tokens": TOKENS, "lm_head": [2, 96]})),
+    "llama tied dora tokens": (partial(tiny_llama, tied=True), dora(train_tokens=TOKENS)),
+    "bert lora tokens": (tiny_bert, lora(targets=["query"], train_tokens=TOKENS, train_bias="all")),
+    "t5 lora tokens": (tiny_t5, lora(targets=["q", "v"], train_tokens=TOKENS)),
 }
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -391,7 +422,7 @@ def test_a_model_with_an_adapter_keeps_the_laws(case, tmp_path):
 
 
 def merged_and_unmerged(model, copied, tuned, config):
-    if "embed_tokens" in getattr(config, "targets", ()) and model.config.model_type == "t5":
+    if "embed_tokens" in (getattr(config, "targets", None) or ()) and model.config.model_type == "t5":
         with pytest.raises(ValueError, match="tied weights"):
             merge(model)
         assert torch.equal(output(model), tuned), "a refusal changes nothing"

@@ -301,7 +301,7 @@ def edit(folder, **changes):
     [
         ({"use_qalora": True}, "use_qalora=true asks for something that is not offered here"),
         ({"use_dora": True}, r"2 missing: .*lora_magnitude_vector"),
-        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] asks for"),
+        ({"trainable_token_indices": [1]}, r"1 missing: .*embed_tokens\.token_adapter\.trainable_tokens_delta"),
         ({"layer_replication": [[0, 1]]}, "layer_replication=.* asks for"),
         ({"layers_to_transform": 0}, "layers_to_transform=0 asks for"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
