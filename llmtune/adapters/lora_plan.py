@@ -17,7 +17,7 @@ from llmtune.adapters.parameter_plan import matching_parameters, named_locals
 from llmtune.adapters.parameters import LoRAParameter, check_parameter, sizes_of
 from llmtune.adapters.plan import Build, Plan, check_free, plan_targets
 from llmtune.adapters.targets import check_called, check_patterns_used, is_conv1d, pattern_value
-from llmtune.adapters.token_plan import check_same_tokens, token_builders, token_groups, token_places
+from llmtune.adapters.token_plan import check_same_tokens, places_of_tokens, token_builders, token_groups, token_places
 
 if TYPE_CHECKING:
     from llmtune.adapters.config import LoRA
@@ -36,7 +36,7 @@ def plan_lora(model: nn.Module, config: LoRA, name: str) -> Plan:
             would be adapted twice; a token of train_tokens is out of range or trained already.
         TypeError: a target is of a kind that cannot be adapted, or train_tokens names one of which rows cannot be.
     """
-    groups = token_groups(model, config.train_tokens) if config.train_tokens else []
+    groups = token_groups(model, places_of_tokens(model, config.train_tokens))
     plan = plan_targets(
         model, config, name, adaptable=lambda module: _kind(module) is not None,
         build=partial(_builder, config=config, name=name), train_bias=config.train_bias, tokens=token_places(groups),
@@ -104,7 +104,7 @@ def check_same_meaning(model: nn.Module, config: LoRA, name: str, *, source: Pat
     Raises:
         ValueError: a layer scales by another factor, or trains the rows of other tokens.
     """
-    groups = token_groups(model, config.train_tokens) if config.train_tokens else []
+    groups = token_groups(model, places_of_tokens(model, config.train_tokens))
     check_same_tokens(model, groups, name, source=source)
     for place, module in named_places(model):
         for layer in adapter_chain(module):

@@ -25,6 +25,7 @@ from llmtune.adapters.token_plan import (
     check_same_tokens,
     check_tied_together,
     named_holders,
+    places_of_tokens,
     token_builders,
     token_groups,
     token_places,
@@ -93,7 +94,7 @@ class NewTokens(AdapterConfig):
 
     def _groups(self, model: nn.Module) -> list[TokenGroup]:
         if self.targets is None:
-            return token_groups(model, self.tokens)
+            return token_groups(model, places_of_tokens(model, self.tokens))
         return token_groups(model, dict.fromkeys(named_holders(model, self.targets), self.tokens))
 
     def file_entries(self, model: nn.Module, name: str) -> dict[str, Any]:

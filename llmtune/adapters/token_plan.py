@@ -34,29 +34,40 @@ class TokenGroup:
     tokens: tuple[int, ...]
 
 
-def token_groups(model: nn.Module, tokens: TokensTo) -> list[TokenGroup]:
-    """Return the weights of which rows are meant, each with all its places.
+def places_of_tokens(model: nn.Module, tokens: TokensTo) -> dict[str, Sequence[int]]:
+    """Return the ids by the full names of the modules that are meant.
 
     Args:
         model: the root, with or without adapters.
-        tokens: ids for the model's input embedding; or by the ends of modules' names.
+        tokens: ids for the model's input embedding; or by the ends of modules' names; none for no module.
 
     Raises:
-        ValueError: the model has no input embedding, a name matches nothing, or two places of one weight are to have
-            different tokens.
+        ValueError: the model has no input embedding, or a name matches nothing.
     """
-    places = dict(named_places(model))
-    first = input_place(model)
     if isinstance(tokens, Mapping):
         named = {end: named_holders(model, [end], what="train_tokens") for end in tokens}
-        chosen = {place: tokens[end] for end, some in named.items() for place in some}
-    elif first is not None:
-        chosen = {first: tokens}
-    else:
+        return {place: tokens[end] for end, some in named.items() for place in some}
+    first = input_place(model)
+    if tokens and first is None:
         raise ValueError(
             f"this {type(model).__name__} has no get_input_embeddings() that tells its input embedding: name the "
             "module whose rows are to be trained"
         )
+    return {first: tokens} if tokens and first is not None else {}
+
+
+def token_groups(model: nn.Module, chosen: Mapping[str, Sequence[int]]) -> list[TokenGroup]:
+    """Return the weights of which rows are meant, each with all its places.
+
+    Args:
+        model: the root, with or without adapters.
+        chosen: ids by the full names of modules.
+
+    Raises:
+        ValueError: two places of one weight are to have different tokens.
+    """
+    places = dict(named_places(model))
+    first = input_place(model)
     groups: dict[int, TokenGroup] = {}
     for place, ids in chosen.items():
         bare = bare_module(places[place])

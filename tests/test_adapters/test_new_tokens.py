@@ -345,6 +345,25 @@ def test_a_head_whose_bias_is_trained_too():
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, base.bias + 1.0))
 
 
+class TwoOfAName(nn.Module):
+    """An embedding whose whole name is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"words": nn.Embedding(7, 3)})
+        self.words = nn.Embedding(17, 5)
+
+    def get_input_embeddings(self):
+        return self.words
+
+
+def test_a_full_name_means_one_module():
+    expected = ("words",)
+    assert attach(TwoOfAName(), NewTokens(tokens=[11])).tokens == expected
+    assert attach(TwoOfAName(), NewTokens(tokens=[11], targets="words")).tokens == expected
+    assert attach(TwoOfAName(), NewTokens(tokens=[5], targets=["words"])).tokens == ("inner.words", "words")
+
+
 @pytest.mark.parametrize("make", [tied, tiny_t5], ids=["llama", "t5"])
 def test_what_protects_against_forgetting_sees_one_weight(make):
     """The Fisher information and the anchor of a tied, adapted weight are those of the model it stands for."""
