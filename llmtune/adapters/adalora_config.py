@@ -149,8 +149,11 @@ class AdaLoRA(AdapterConfig):
     def from_file(
         cls, entries: Mapping[str, Any], model: nn.Module, tensors: Mapping[str, Tensor]
     ) -> tuple[AdaLoRA, tuple[str, ...]]:
-        """Return the record; layers of which PEFT's file has kept nothing are left out of it. See
-        `AdapterConfig.from_file`."""
+        """Return the record, without the layers of which PEFT's file has kept nothing; see `AdapterConfig.from_file`.
+
+        Raises:
+            ValueError: biases are trained, or another entry asks for something that is not offered.
+        """
         rest = {key: value for key, value in entries.items() if key not in (*DEFAULTS, *IDLE)}
         alike, unmatched = read_lora(LoRA, rest, model, tensors)
         if alike.train_bias != "none":

@@ -318,7 +318,7 @@ def step_of(model, optimizer, seed):
 
 
 def test_a_budget_goes_on_from_its_state():
-    def run(stop):
+    def run(stop, stays=False):
         torch.manual_seed(0)
         model = tiny_llama()
         attach(model, adalora(targets=["q_proj", "v_proj"], final_steps=2))
@@ -330,8 +330,9 @@ def test_a_budget_goes_on_from_its_state():
                 state = budget.state_dict()
                 for part in state.values():
                     assert all(isinstance(value, torch.Tensor) for value in part.values())
-                budget = RankBudget()
-                budget.load_state_dict(state)
+                other = RankBudget()
+                other.load_state_dict(state)
+                budget = budget if stays else other
                 for part in state.values():
                     for value in part.values():
                         value.fill_(1)  # a state is a copy
@@ -339,8 +340,8 @@ def test_a_budget_goes_on_from_its_state():
 
     whole = run(None)
     assert any(bool((p == 0).any()) for p in whole.values())
-    for stop in (3, 7, 8):
-        resumed = run(stop)
+    for stop, stays in ((3, False), (3, True), (7, False), (7, True), (8, False)):
+        resumed = run(stop, stays)
         assert all(torch.equal(whole[name], p) for name, p in resumed.items())
     with pytest.raises(CheckpointError, match="the saved state has no sensitivity"):
         RankBudget().load_state_dict({})

@@ -1,6 +1,7 @@
 """Bottleneck adapters: where they stand in many architectures, the formulas there, and what they are refused for."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from llmtune.adapters import (
     Bottleneck,
     BottleneckLayer,
+    DoRA,
     LoRA,
     ParallelBottleneckLayer,
     adapter_parameters,
@@ -445,6 +447,22 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_copies_stay_possibl
         torch.testing.assert_close(found[1][name], gradient)
 
 
+def test_what_is_handed_on_is_no_part_of_a_copy():
+    model = tiny_bert()
+    attach(model, gelu(kind="parallel"))
+    move(model)
+    block = model.bert.encoder.layer[0]
+    block.intermediate.dense(
+        torch.randn(2, 22) @ torch.randn(22, 22, requires_grad=True)
+    )  # as if a pass had broken off
+    assert block.output.dense.handed.value is not None
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        ends = copied.bert.encoder.layer[0]
+        assert ends.output.dense.handed is ends.intermediate.dense.handed is not block.output.dense.handed
+        assert ends.output.dense.handed.value is None
+        assert torch.equal(output(copied), output(model))
+
+
 def test_a_bf16_base_rounds_once():
     model = tiny_llama().to(torch.bfloat16)
     start = output(model)
@@ -472,3 +490,13 @@ def test_effective_gradients_are_taken_with_the_adapter_in_place():
     with differentiable(model, choose_parameters(model, ["bert.encoder.layer.0.output.dense.weight"])):
         kinds = {type(module) for module in model.modules()}
         assert {BottleneckLayer, ParallelBottleneckLayer} <= kinds
+    model = tiny_bert(labels=3)
+    attach(model, DoRA(rank=2, alpha=3, targets=["output.dense"]))
+    attach(model, gelu(), "small")
+    chosen, before = choose_parameters(model, None), dict(model.named_modules())
+    with (
+        pytest.raises(ValueError, match='carries adapter "small", which is no change of a parameter, beside one that'),
+        differentiable(model, chosen),
+    ):
+        pass
+    assert dict(model.named_modules()) == before

@@ -22,6 +22,7 @@ from llmtune.adapters import (
     save,
 )
 from llmtune.adapters.attach import record_of
+from llmtune.adapters.prompt_positions import BlockInputs
 from llmtune.attention import Padding
 from llmtune.integrations import register
 from llmtune.layers import FeedForward, MultiHeadAttention, TransformerBlock
@@ -162,7 +163,7 @@ def test_packed_documents_are_edited_each_by_itself(make, attention):
 def test_with_a_cache_only_the_prompt_is_edited(make, positions):
     model = adapted(make, positions=positions)
     prompt_mask = (torch.arange(T) < 6).expand(B, T)
-    whole = logits(model, prompt_mask=prompt_mask)
+    whole = logits(model, prompt_mask=prompt_mask, use_cache=False)
     with torch.no_grad():
         step = model(input_ids=IDS[:, :6], use_cache=True)
         steps = [step.logits]
@@ -176,6 +177,34 @@ def test_with_a_cache_only_the_prompt_is_edited(make, positions):
         assert not torch.allclose(whole, logits(model)) or positions[1] == 0
 
 
+class SharedKeys:
+    """A cache whose third layer has no keys of its own, as in models that share them."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def get_seq_length(self, layer=0):
+        if layer == 2:
+            raise ValueError("does not track its length")
+        return self.length
+
+
+@pytest.mark.parametrize(("held", "goes_on"), [(4, False), (5, True)])
+def test_a_block_without_keys_of_its_own_goes_by_an_earlier_ones(held, goes_on):
+    block = TakesCache()
+    assert BlockInputs(block).goes_on((torch.zeros(2, 4, 5),), {"cache": SharedKeys(held)}) is goes_on
+    block.layer_idx = 1
+    assert BlockInputs(block).goes_on((torch.zeros(2, 4, 5),), {"cache": SharedKeys(held)}) is True
+    assert BlockInputs(block).goes_on((torch.zeros(2, 4, 5), None), {}) is False
+
+
+class TakesCache(nn.Module):
+    layer_idx = 2
+
+    def forward(self, x, cache=None):
+        return x
+
+
 def test_generation_is_that_of_the_prompt_mask():
     model = adapted(tiny_llama)
     with torch.no_grad():
@@ -185,7 +214,7 @@ def test_generation_is_that_of_the_prompt_mask():
     mask = torch.cat([LEFT, torch.ones(B, 5, dtype=torch.long)], 1)
     prompt = torch.cat([LEFT.bool(), torch.zeros(B, 5, dtype=torch.bool)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = logits(model, ids, attention_mask=mask, position_ids=positions, prompt_mask=prompt)
+    out = logits(model, ids, attention_mask=mask, position_ids=positions, prompt_mask=prompt, use_cache=False)
     assert torch.equal(out[:, T - 1 : -1].argmax(-1), ids[:, T:])
 
 
