@@ -39,13 +39,14 @@ class Method:
     where: Mapping[str, Mapping[str, Any]] | None = None
     lora_plus_ratio: float | None = None
 
-    def record(self, place: str) -> AdapterConfig | None:
-        """Return the record for a task's model."""
+    def record(self, place: str, steps: int) -> AdapterConfig | None:
+        """Return the record for a task's model and a run's length."""
         if self.make is None:
             return None
-        return self.make(**(HEAD if place == "encoder" else {}), **dict((self.where or {}).get(place, {})))
+        knobs = {**(HEAD if place == "encoder" else {}), **(self.where or {}).get(place, {})}
+        return self.make(**knobs, **({"total_steps": steps} if self.make is AdaLoRA else {}))
 
-    def extras(self, record: AdapterConfig, steps: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def extras(self, record: AdapterConfig | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Return the callbacks and penalties that belong to the method."""
         if isinstance(record, AdaLoRA):
             return (RankBudget(),), (AdaLoRAOrthogonality(record.orthogonality),)
@@ -80,11 +81,11 @@ METHODS: dict[str, Method] = {
     "lora, olora": Method(lora(initialise="olora"), USUAL, LINEAR),
     "lora, orthogonal": Method(lora(initialise="orthogonal"), USUAL, LINEAR),
     "dora": Method(lambda **where: DoRA(rank=8, alpha=16, **where), USUAL, LINEAR),
-    "adalora": Method(lambda **where: AdaLoRA(**where), HIGH, LINEAR),
+    "adalora": Method(AdaLoRA, HIGH, {place: {"alpha": 16} | LINEAR.get(place, {}) for place in PLACES}),
     "vera": Method(lambda **where: VeRA(rank=64, **where), HIGHEST, LINEAR),
-    "ia3": Method(lambda **where: IA3(**where), HIGHEST, IA3_PLACES),
-    "bitfit": Method(lambda **where: BitFit(**where), HIGH | {"decoder": ()}),
-    "layer norms": Method(lambda **where: LayerNormTuning(**where), HIGH),
+    "ia3": Method(IA3, HIGHEST, IA3_PLACES),
+    "bitfit": Method(BitFit, rates(1e-3, 3e-3, 1e-2, places=("encoder", "pair"))),  # a Llama has no biases
+    "layer norms": Method(LayerNormTuning, HIGH),
     "bottleneck, houlsby": Method(lambda **where: Bottleneck(size=8, kind="houlsby", **where), USUAL),
     "bottleneck, pfeiffer": Method(lambda **where: Bottleneck(size=16, kind="pfeiffer", **where), USUAL),
     "bottleneck, parallel": Method(lambda **where: Bottleneck(size=16, kind="parallel", **where), USUAL),

@@ -1,7 +1,7 @@
 """Which method of adapting for which model: parameters, bytes, time and measured quality, on one real task each.
 
     python benchmarks/methods.py --models MODELS --data DATA [--tasks encoder decoder pair] [--methods lora ia3 ...]
-        [--seeds 0 1 2] [--runs runs/methods] [--threads 2] [--write]
+        [--parts quality time] [--seeds 0 1 2] [--runs runs/methods] [--pairs 5] [--threads 2] [--write]
 
 encoder: TREC's questions, six classes, on MiniLM-L6 with a new classifier; accuracy on 250 test questions.
 decoder: Alpaca's rows on SmolLM2-135M-Instruct; loss per token on rows held out.
@@ -10,6 +10,8 @@ pair:    English words, spelled by a transliteration model that has only ever re
 Every method runs at the learning rates of `method_table.py`, about half a decade apart; the rate is chosen by rows held
 out for that, on the first seed, and the figure is that of the test rows. One JSON file a run in `--runs`; a run that is
 there is not repeated. `--write` puts the summary into results/methods.json.
+
+time: an optimizer step of the method and one of LoRA, in turns, on the same rows; the median of the ratios.
 
 `--models` holds folders minilm-l6-v2 (huggingface.co/sentence-transformers/all-MiniLM-L6-v2), smollm2-135m-instruct
 (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct) and aren-transliteration (the model of CTranslate2's tests).
@@ -114,13 +116,13 @@ def decoder(models: Path, data: Path) -> Task:
         for row in lines(data / "alpaca_en_demo/train.jsonl")
         if row["output"].strip()
     ]  # fmt: skip
-    rows = [row for row in chat_examples(tokenizer, conversations) if len(row["input_ids"]) <= 192][:480]
+    rows = [row for row in chat_examples(tokenizer, conversations) if len(row["input_ids"]) <= 128][:374]
 
     def make() -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     return Task(
-        make, rows[:400], rows[400:440], rows[440:480], causal_loss, float.__lt__, causal_lm_loss, 50, 8
+        make, rows[:280], rows[280:320], rows[320:374], causal_loss, float.__lt__, causal_lm_loss, 40, 8
     )  # fmt: skip
 
 
@@ -194,38 +196,59 @@ class Loop(TrainingLoop):
         return optimizer, get_scheduler("linear", optimizer, 0, self.total_steps)
 
 
-def run(task: Task, method: Method, place: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train once and return what came of it."""
+def loop_of(task: Task, method: Method, place: str, rate: float, seed: int) -> tuple[Loop, bool]:
+    """Return a loop over a new model with the method on it, and whether there is an adapter."""
     model = task.make()
-    total = sum(parameter.numel() for parameter in model.parameters())
-    start = task.score(model, task.test)
     torch.manual_seed(seed)
-    record = method.record(place)
-    size = None
+    record = method.record(place, task.steps)
     if record is not None:
         attach(model, record)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     settings = LoopSettings(
         max_steps=task.steps, rows_per_step=task.rows_per_step, learning_rate=rate, seed=seed, progress=False,
         warmup_steps=task.steps // 10,
     )  # fmt: skip
-    callbacks, penalties = method.extras(record, task.steps) if record is not None else ((), ())
+    callbacks, penalties = method.extras(record)
     loop = Loop(
         model, task.train, settings=settings, collate=collate_padded, loss=task.loss, callbacks=callbacks,
         penalties=penalties,
     )  # fmt: skip
     loop.lora_plus_ratio = method.lora_plus_ratio
-    began = time.perf_counter()
+    return loop, record is not None
+
+
+def run(task: Task, method: Method, place: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train once and return what came of it."""
+    bare = task.make()
+    total, start = sum(parameter.numel() for parameter in bare.parameters()), task.score(bare, task.test)
+    del bare
+    loop, adapted = loop_of(task, method, place, rate, seed)
+    model, size = loop.model, None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     loop.fit()
-    seconds = (time.perf_counter() - began) / task.steps
-    if record is not None:
+    if adapted:
         with tempfile.TemporaryDirectory() as folder:
             size = (save(model, folder) / "adapter_model.safetensors").stat().st_size
     return {
         "rate": rate, "seed": seed, "start": start, "chosen_by": task.score(model, task.choose),
         "test": task.score(model, task.test), "trained": trained, "total": total, "file_bytes": size,
-        "seconds_per_step": seconds,
     }  # fmt: skip
+
+
+def step_time(task: Task, place: str, name: str, options: argparse.Namespace) -> float:
+    """Return how long a step of the method takes, in steps of LoRA: the median over pairs, measured in turns."""
+    path = options.runs / f"time-{place}-{name}.json"
+    if not path.is_file():
+        loops = [loop_of(task, METHODS[method], place, 1e-4, 0)[0] for method in (name, "lora")]
+        seconds: list[list[float]] = [[], []]
+        for pair in range(options.pairs + 1):
+            for which in (0, 1) if pair % 2 else (1, 0):
+                batches = loops[which].micro_batches(pair)
+                began = time.perf_counter()
+                loops[which].training_step(batches)
+                seconds[which].append(time.perf_counter() - began)
+        path.write_text(json.dumps([seconds[0][1:], seconds[1][1:]]), encoding="utf-8")  # the first is for warming up
+    own, of_lora = json.loads(path.read_text(encoding="utf-8"))
+    return statistics.median(a / b for a, b in zip(own, of_lora, strict=True))
 
 
 def main() -> int:
@@ -235,6 +258,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
+    parser.add_argument("--parts", nargs="+", choices=("quality", "time"), default=["quality", "time"])
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     parser.add_argument("--threads", type=int, default=2)
@@ -249,6 +274,8 @@ def main() -> int:
         for name in options.methods:
             found = best_of(task, METHODS[name], place, name, options)
             if found is not None:
+                if "time" in options.parts:
+                    found["time"] = step_time(task, place, name, options)
                 results[place][name] = found
         print(place)
         print(summary(results[place]))
@@ -277,7 +304,6 @@ def best_of(task: Task, method: Method, place: str, name: str, options: argparse
     return {
         "rate": best["rate"], "tests": [one["test"] for one in runs], "start": best["start"],
         "trained": best["trained"], "total": best["total"], "file_bytes": best["file_bytes"],
-        "seconds_per_step": statistics.median(one["seconds_per_step"] for one in runs),
     }  # fmt: skip
 
 
@@ -289,11 +315,11 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> str:
         size = "" if one["file_bytes"] is None else f"{one['file_bytes'] / 1024:,.0f}"
         rows.append([
             name, f"{one['trained']:,}", f"{100 * one['trained'] / one['total']:.2f}", size,
-            f"{1000 * one['seconds_per_step']:.0f}", f"{one['rate']:g}",
+            f"{one['time']:.2f}" if "time" in one else "", f"{one['rate']:g}",
             f"{statistics.mean(one['tests']):.3f}{spread}",
         ])  # fmt: skip
     start = next(iter(found.values()))["start"] if found else float("nan")
-    header = ("method", "trained", "% of all", "file, KiB", "ms a step", "rate", f"test (start {start:.3f})")
+    header = ("method", "trained", "% of all", "file, KiB", "time of LoRA's", "rate", f"test (start {start:.3f})")
     return table(rows, header=header)
 
 

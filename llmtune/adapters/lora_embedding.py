@@ -59,7 +59,11 @@ class LoRAEmbedding(LowRankLayer):
         return {f"{start}A": self.lora_a, f"{start}B": self.lora_b}
 
     def start(self, initialise: str) -> None:
-        """Set A to zero and draw B."""
+        """Set A to zero and draw B.
+
+        Raises:
+            TypeError: `initialise` is one for linear layers.
+        """
         if initialise not in ("kaiming", "gaussian"):
             raise TypeError(f'initialise="{initialise}" is for linear layers: an embedding starts in one way')
         nn.init.zeros_(self.lora_a)

@@ -230,6 +230,6 @@ def own_attention(body: nn.Module) -> dict[str, tuple[int, nn.Module]]:
         name: (module.layer_idx, module)  # type: ignore[misc]
         for name, module in found.items()
         if not any(other.startswith(name + ".") for other in found)
-        and not any("cross" in part.lower() or "encdec" in part.lower() for part in (name, type(module).__name__))
+        and not any(word in f"{name} {type(module).__name__}".lower() for word in ("cross", "encdec", "encoder_att"))
         and not getattr(module, "is_cross_attention", False)
     }

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BartConfig, BartForConditionalGeneration
 
 from llmtune.adapters import PrefixTuning, PromptTuning, PTuning, adapter_names, adapter_parameters, attach, load, save
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -23,6 +24,22 @@ MASK[1, 7:], MASK[2, 10:] = 0, 0
 classifier = partial(tiny_bert, labels=3)
 head = {"train_modules": ["classifier"]}
 lm, features, pair, classes = "CAUSAL_LM", "FEATURE_EXTRACTION", "SEQ_2_SEQ_LM", "SEQ_CLS"
+
+
+def tiny_bart():
+    """Decoder layers whose cross-attention is called encoder_attn, of the class of their own attention."""
+    config = BartConfig(
+        vocab_size=97, d_model=26, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=31, decoder_ffn_dim=37, max_position_embeddings=64, dropout=0.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BartForConditionalGeneration(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
 
 CASES = {  # name: (model, PEFT's task, record, what PEFT calls it beside num_virtual_tokens)
     "prompt llama": (tiny_llama, lm, PromptTuning(tokens=N), {}),
@@ -51,6 +68,8 @@ CASES = {  # name: (model, PEFT's task, record, what PEFT calls it beside num_vi
     "prefix gpt2 projection": (tiny_gpt2, lm, PrefixTuning(tokens=N, projection=True, hidden=7),
                                {"prefix_projection": True, "encoder_hidden_size": 7}),
     "prefix bert": (tiny_bert, features, PrefixTuning(tokens=N), {}),
+    "prompt bart": (tiny_bart, pair, PromptTuning(tokens=N), {}),
+    "prefix bart": (tiny_bart, pair, PrefixTuning(tokens=N), {}),
     "prefix t5": (tiny_t5, pair, PrefixTuning(tokens=N), {"token_dim": 22}),  # PEFT takes 26 / 2 for a head's 11
 }  # fmt: skip
 KINDS = {
@@ -66,7 +85,7 @@ def case(request):
 
 
 def output(model, mask=MASK):
-    inputs = {"labels": IDS[:, :7].contiguous()} if model.config.model_type == "t5" else {}
+    inputs = {"labels": IDS[:, :7].contiguous()} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         out = model.eval()(input_ids=IDS, attention_mask=mask, **inputs).logits
     return out[:, -T:] if out.ndim == 3 and out.shape[1] > T else out  # PEFT's has the virtual positions before
