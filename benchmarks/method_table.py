@@ -53,9 +53,9 @@ class Method:
         return (), ()
 
 
-def rates(*some: float, places: Sequence[str] = PLACES) -> dict[str, Sequence[float]]:
-    """Return the same rates for some tasks."""
-    return dict.fromkeys(places, some)
+def rates(short: Sequence[float], decoder: Sequence[float] = ()) -> dict[str, Sequence[float]]:
+    """Return the rates for the two tasks of many short steps, and for the decoder, whose head is trained already."""
+    return {"encoder": short, "pair": short, "decoder": decoder}
 
 
 LINEAR = {"encoder": NO_POOLER}
@@ -64,7 +64,7 @@ IA3_PLACES = {
     "decoder": {"targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]},
     "pair": {"targets": ["k_proj", "v_proj", "fc2"], "feedforward": ["fc2"]},
 }
-USUAL, HIGH, HIGHEST = rates(3e-4, 1e-3, 3e-3), rates(1e-3, 3e-3, 1e-2), rates(3e-3, 1e-2, 3e-2)
+USUAL, HIGH = rates((3e-3, 1e-2), (3e-4, 1e-3)), rates((1e-2, 3e-2), (3e-3, 1e-2))
 
 
 def lora(**knobs: Any) -> Callable[..., AdapterConfig]:
@@ -73,7 +73,7 @@ def lora(**knobs: Any) -> Callable[..., AdapterConfig]:
 
 
 METHODS: dict[str, Method] = {
-    "all weights": Method(None, rates(3e-5, 1e-4, 3e-4)),
+    "all weights": Method(None, rates((3e-4, 1e-3), (3e-5, 1e-4))),
     "lora": Method(lora(), USUAL, LINEAR),
     "lora, rslora": Method(lora(rslora=True), USUAL, LINEAR),
     "lora+": Method(lora(), USUAL, LINEAR, lora_plus_ratio=16.0),
@@ -82,15 +82,15 @@ METHODS: dict[str, Method] = {
     "lora, orthogonal": Method(lora(initialise="orthogonal"), USUAL, LINEAR),
     "dora": Method(lambda **where: DoRA(rank=8, alpha=16, **where), USUAL, LINEAR),
     "adalora": Method(AdaLoRA, HIGH, {place: {"alpha": 16} | LINEAR.get(place, {}) for place in PLACES}),
-    "vera": Method(lambda **where: VeRA(rank=64, **where), HIGHEST, LINEAR),
-    "ia3": Method(IA3, HIGHEST, IA3_PLACES),
-    "bitfit": Method(BitFit, rates(1e-3, 3e-3, 1e-2, places=("encoder", "pair"))),  # a Llama has no biases
+    "vera": Method(lambda **where: VeRA(rank=64, **where), HIGH, LINEAR),
+    "ia3": Method(IA3, HIGH, IA3_PLACES),
+    "bitfit": Method(BitFit, rates((1e-2, 3e-2))),  # a Llama has no biases
     "layer norms": Method(LayerNormTuning, HIGH),
     "bottleneck, houlsby": Method(lambda **where: Bottleneck(size=8, kind="houlsby", **where), USUAL),
     "bottleneck, pfeiffer": Method(lambda **where: Bottleneck(size=16, kind="pfeiffer", **where), USUAL),
     "bottleneck, parallel": Method(lambda **where: Bottleneck(size=16, kind="parallel", **where), USUAL),
     "loreft": Method(lambda **where: LoReFT(rank=4, **where), HIGH),
-    "prefix": Method(lambda **where: PrefixTuning(tokens=20, **where), HIGHEST),
-    "prompt": Method(lambda **where: PromptTuning(tokens=20, **where), HIGHEST),
+    "prefix": Method(lambda **where: PrefixTuning(tokens=20, **where), HIGH),
+    "prompt": Method(lambda **where: PromptTuning(tokens=20, **where), HIGH),
     "p-tuning": Method(lambda **where: PTuning(tokens=20, **where), HIGH),
 }

@@ -7,7 +7,7 @@ encoder: TREC's questions, six classes, on MiniLM-L6 with a new classifier; accu
 decoder: Alpaca's rows on SmolLM2-135M-Instruct; loss per token on rows held out.
 pair:    English words, spelled by a transliteration model that has only ever read Arabic; share spelled right.
 
-Every method runs at the learning rates of `method_table.py`, about half a decade apart; the rate is chosen by rows held
+Every method runs at the learning rates of `method_table.py`, half a decade apart; the rate is chosen by rows held
 out for that, on the first seed, and the figure is that of the test rows. One JSON file a run in `--runs`; a run that is
 there is not repeated. `--write` puts the summary into results/methods.json.
 
@@ -285,7 +285,7 @@ def main() -> int:
 
 def best_of(task: Task, method: Method, place: str, name: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """Return a method's runs at its best rate: every rate on the first seed, the other seeds at the best of them."""
-    if place not in method.rates:
+    if not method.rates[place]:
         return None
 
     def once(rate: float, seed: int) -> dict[str, Any]:
