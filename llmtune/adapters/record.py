@@ -33,7 +33,8 @@ class AdapterConfig:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        METHODS[cls.__name__] = cls
+        if cls.plan is not AdapterConfig.plan and not cls.__name__.startswith("_"):  # else a base of several
+            METHODS[cls.__name__] = cls
         if "peft_type" in cls.__dict__:
             PEFT_TYPES[cls.peft_type] = cls
 
