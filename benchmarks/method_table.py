@@ -64,7 +64,7 @@ IA3_PLACES = {
     "decoder": {"targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]},
     "pair": {"targets": ["k_proj", "v_proj", "fc2"], "feedforward": ["fc2"]},
 }
-USUAL, HIGH = rates((3e-3, 1e-2), (3e-4, 1e-3)), rates((1e-2, 3e-2), (3e-3, 1e-2))
+USUAL, HIGH = rates((3e-3, 1e-2), (1e-3,)), rates((1e-2, 3e-2), (1e-2,))
 
 
 def lora(**knobs: Any) -> Callable[..., AdapterConfig]:
@@ -73,7 +73,7 @@ def lora(**knobs: Any) -> Callable[..., AdapterConfig]:
 
 
 METHODS: dict[str, Method] = {
-    "all weights": Method(None, rates((3e-4, 1e-3), (3e-5, 1e-4))),
+    "all weights": Method(None, rates((3e-4, 1e-3), (1e-4,))),
     "lora": Method(lora(), USUAL, LINEAR),
     "lora, rslora": Method(lora(rslora=True), USUAL, LINEAR),
     "lora+": Method(lora(), USUAL, LINEAR, lora_plus_ratio=16.0),
