@@ -66,9 +66,9 @@ class AdaLoRALinear(LoRALinear):
         plain, scaled = plain_linear(self.base), self.lora_a * self.lora_e[:, None]
         if plain is not None:
             return lora_linear(
-                x, plain.weight, plain.bias, scaled, self.lora_b, scaling=self.scaling, dropout_p=self.drop_p()
+                x, plain.weight, plain.bias, scaled, self.lora_b, scaling=self.factor(), dropout_p=self.drop_p()
             )
-        return lora_added(self.base(x), x, scaled, self.lora_b, scaling=self.scaling, dropout_p=self.drop_p())
+        return lora_added(self.base(x), x, scaled, self.lora_b, scaling=self.factor(), dropout_p=self.drop_p())
 
     def low_rank(self) -> tuple[Tensor, Tensor, float]:
         """Return (B, E A, s), or both transposed; the one with E is no view. See `AdapterLayer.low_rank`.

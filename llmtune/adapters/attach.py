@@ -22,7 +22,7 @@ ATTRIBUTE = "_llmtune_adapters"
 
 @dataclass
 class Record:
-    """What the root keeps about its adapters; it holds names and configurations only, so a copied model has its own.
+    """What the root keeps about its adapters; a copied model has its own.
 
     Attributes:
         configs: the attached adapters, oldest first.
@@ -30,6 +30,7 @@ class Record:
             by place, adapter and local name).
         merged: the adapters that stand in the base's weights, in the order in which they were merged.
         kept: for each of these, what `unmerge` puts back.
+        over: for each adapter, those that were merged when it came.
         folded: those merged for good, of which the weights are all that is left.
         packed: names of the quantised layers that are kept from packing their weights while there are adapters.
     """
@@ -39,6 +40,7 @@ class Record:
     merged: list[str] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
+    over: dict[str, list[str]] = field(default_factory=dict)
     packed: list[str] = field(default_factory=list)
 
 
@@ -95,7 +97,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
     if record is None:
         record = Record()
         setattr(model, ATTRIBUTE, record)
-    record.configs[name], record.flags[name] = config, flags
+    record.configs[name], record.flags[name], record.over[name] = config, flags, list(record.merged)
     record.packed += packed
     return AttachReport.of(model, name, plan)
 
@@ -131,6 +133,7 @@ def forget(model: nn.Module, name: str) -> None:
     later = list(record.configs)[list(record.configs).index(name) + 1 :]
     del record.configs[name]
     flags = record.flags.pop(name)
+    record.over.pop(name, None)
     if later:
         record.flags[later[0]].update(flags)
     else:

@@ -28,12 +28,14 @@ from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+UNFINISHED = ".adapter_unfinished"  # there while the two files are being exchanged
 
 
 def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     """Write an adapter as PEFT does; `peft.PeftModel.from_pretrained` and transformers' `load_adapter` read it.
 
-    Each of the two files is written beside its place and moved there, the tensors first. The dtype is kept.
+    Each of the two files is written beside its place and moved there, the tensors first. Where that is cut off between
+    the two, `load` says so and does not take the new tensors for the old adapter's. The dtype is kept.
 
     Args:
         model: a model with the adapter.
@@ -62,8 +64,10 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     try:
         save_file(tensors, temporary[0], metadata={"format": "pt"})
         temporary[1].write_text(described, encoding="utf-8")
+        (folder / UNFINISHED).touch()
         for path, file in zip(temporary, (WEIGHTS, CONFIG), strict=True):
             os.replace(path, folder / file)
+        (folder / UNFINISHED).unlink()
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
@@ -133,6 +137,11 @@ def _read_tensors(folder: Path, *, allow_bin: bool) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     pickled = folder / BIN
+    if (folder / UNFINISHED).exists():
+        raise ValueError(
+            f"saving into {folder} was cut off between its two files, which may not belong together: save it again, or "
+            f"delete {UNFINISHED} there if you know that they do"
+        )
     for file in (CONFIG, WEIGHTS):
         if (folder / file).is_file() or (file == WEIGHTS and allow_bin and pickled.is_file()):
             continue

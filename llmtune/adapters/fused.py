@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from llmtune.adapters.autocast import autocast_dtype, no_autocast
 from llmtune.adapters.formula import Knobs, decomposed, formula, low_rank_change
-from llmtune.adapters.kept import made, makings
 from llmtune.adapters.products import times
 from llmtune.adapters.seeded_dropout import seeded_dropout
 
@@ -134,7 +133,13 @@ def _prepared(x: Tensor, lora_a: Tensor, scaling: float | Tensor, p: float, seed
 
 
 def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether somebody looks on who must see operations that are known: a compiler, torch.func, forward derivatives."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -152,13 +157,12 @@ class _LoRALinear(torch.autograd.Function):
         else:
             out, turned = decomposed(plain, bias, change, m / norm)
             kept = turned if m.requires_grad else None
-        ctx.save_for_backward(*makings(x), weight, bias, a, b, m, norm, kept)
+        ctx.save_for_backward(x, weight, bias, a, b, m, norm, kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        left, right, *others = ctx.saved_tensors  # read once: checkpointing gives them out a single time
-        saved = (made(left, right), *others)
+        saved = ctx.saved_tensors  # read once: checkpointing gives them out a single time
         if torch.is_grad_enabled():
             *inputs, norm, _ = saved
             wanted, knobs = ctx.needs_input_grad, ctx.knobs
@@ -187,14 +191,13 @@ class _LoRAAdded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, knobs: Knobs) -> Tensor:
         ctx.knobs = knobs
-        ctx.save_for_backward(*makings(x), a, b)
+        ctx.save_for_backward(x, a, b)
         change = F.linear(_pushed(x, a, knobs), b.to(knobs.work)).mul_(knobs.scaling)
         return (result + change).to(result.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        left, right, a, b = ctx.saved_tensors
-        x = made(left, right)
+        x, a, b = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:4]
         if torch.is_grad_enabled():
 

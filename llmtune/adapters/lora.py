@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_added, lora_linear
 from llmtune.adapters.initialise import INITIALISATIONS, drawn_start, known_start, reads_weight, weight_start
-from llmtune.adapters.layer import PREFIX, AdapterLayer, bare_module, plain_linear
+from llmtune.adapters.layer import PREFIX, bare_module, plain_linear
+from llmtune.adapters.scaled import ScaledLayer
 
 
 def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -23,7 +24,7 @@ def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
-class LowRankLayer(AdapterLayer):
+class LowRankLayer(ScaledLayer):
     """What every LoRA layer shares: A [r, columns], B [rows, r], their start, and how they change the base's weight.
 
     The weight that A and B change is B A times the scaling, or its transpose where the base keeps its weight [in, out].
@@ -48,9 +49,6 @@ class LowRankLayer(AdapterLayer):
             raise ValueError(f"initialise must be one of {', '.join(INITIALISATIONS)}; got {initialise!r}")
         device = next((p.device for p in bare_module(base).parameters()), torch.device("cpu"))
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
-        self._scale = torch.zeros(
-            (), dtype=torch.float64, device="cpu"
-        )  # no buffer: a cast of the model must not round it
         self.scaling = lora_scaling(alpha, rank, rslora)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_a = nn.Parameter(torch.empty(rank, columns, dtype=dtype, device=device))
@@ -76,20 +74,6 @@ class LowRankLayer(AdapterLayer):
             self.lora_a.copy_(start_a)
             self.lora_b.copy_(start_b)
         self.start_a, self.start_b = self.lora_a.detach().clone(), self.lora_b.detach().clone()
-
-    @property
-    def scaling(self) -> float:
-        """What B A is multiplied by."""
-        return self._scaling
-
-    @scaling.setter
-    def scaling(self, value: float) -> None:
-        self._scaling = float(value)
-        self._scale.fill_(value)
-
-    def factor(self) -> Any:
-        """Return the scaling as a number, or as a tensor for `torch.compile`, which would compile again for another."""
-        return self._scale if torch.compiler.is_compiling() else self._scaling
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A [r, in] and B [out, r]; with what takes their start off below and beside them, where it is not 0."""

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.autocast import no_autocast
-from llmtune.adapters.layer import PREFIX, AdapterLayer, adapter_chain, bare_module
+from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module
 from llmtune.adapters.lora import lora_scaling
+from llmtune.adapters.scaled import ScaledLayer
 
 
 def changed_experts(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, *, transposed: bool = False
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor, *, transposed: bool = False
 ) -> Tensor:
     """Return W + scaling * B A for every expert, summed in at least float32 and rounded once to the dtype of W.
 
@@ -33,7 +34,7 @@ def changed_experts(
         weight: W, [E, out, in]; with `transposed` [E, in, out].
         lora_a: A, [E, r, in].
         lora_b: B, [out, r, E], the expert last, as in PEFT's files.
-        scaling: alpha / r, or alpha / sqrt(r).
+        scaling: alpha / r, or alpha / sqrt(r): a number or a scalar tensor.
         transposed: whether W is kept as [E, in, out].
 
     Returns:
@@ -48,7 +49,10 @@ def changed_experts(
     left, right = _factors(lora_a, lora_b, transposed)
     wide = torch.promote_types(weight.dtype, torch.promote_types(lora_a.dtype, torch.float32))
     with no_autocast(weight.device):  # which would round the weight to its dtype
-        changed = torch.baddbmm(weight.to(wide), left.to(wide), right.to(wide), alpha=scaling)
+        if isinstance(scaling, Tensor):
+            changed = torch.baddbmm(weight.to(wide), left.to(wide) * scaling, right.to(wide))
+        else:
+            changed = torch.baddbmm(weight.to(wide), left.to(wide), right.to(wide), alpha=scaling)
     return changed.to(weight.dtype)
 
 
@@ -57,7 +61,7 @@ def _factors(lora_a: Tensor, lora_b: Tensor, transposed: bool) -> tuple[Tensor, 
     return (lora_a.mT, lora_b.permute(2, 1, 0)) if transposed else (lora_b.permute(2, 0, 1), lora_a)
 
 
-class LoRAParameter(AdapterLayer):
+class LoRAParameter(ScaledLayer):
     """A module that is called with one of its parameters changed by LoRA; see the top of this file.
 
     It stands in the place of the module that owns the parameter and passes on whatever that one is called with. For
@@ -203,7 +207,7 @@ class LoRAParameter(AdapterLayer):
     def _changed(self, weight: Tensor) -> Tensor:
         """W + scaling * B A of the shape of W: of the bare parameter, or of what another layer has made of it."""
         experts = weight if weight.ndim == 3 else weight[None]
-        changed = changed_experts(experts, self.lora_a, self.lora_b, self.scaling, transposed=self.transposed)
+        changed = changed_experts(experts, self.lora_a, self.lora_b, self.factor(), transposed=self.transposed)
         return changed.view(weight.shape)
 
 

@@ -178,7 +178,9 @@ def read_lora(
         train_modules=tuple(read.get("modules_to_save") or ()),
         target_parameters=tuple(read.get("target_parameters") or ()),
         train_tokens=read_train_tokens(model, read.get("trainable_token_indices")),
-        dtype=next((tensor.dtype for key, tensor in tensors.items() if ".lora_" in key), torch.float32),
+        dtype=next(
+            (t.dtype for key, t in tensors.items() if ".lora_A." in key or ".lora_embedding_A" in key), torch.float32
+        ),
     )
     return fitted(config, model)
 

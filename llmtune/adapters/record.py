@@ -74,7 +74,11 @@ class AdapterConfig:
         unknown = [key for key in settings if key not in known]
         if unknown:
             raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
-        return cls(**{key: _from_json(value) for key, value in settings.items()}), ()
+        values = {key: _from_json(value) for key, value in settings.items()}
+        kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+        if isinstance(values.get("dtype"), torch.dtype) and len(kinds) == 1:
+            values["dtype"] = kinds.pop()  # what was trained may have been cast since it was attached
+        return cls(**values), ()
 
     def spare_tensors(self, model: nn.Module, name: str) -> frozenset[str]:
         """Return the names of those of an attached adapter's tensors that a file of this record need not hold, because

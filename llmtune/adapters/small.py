@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from llmtune.adapters.layer import PREFIX, AdapterLayer, bare_module, named_places
+from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, named_places
 from llmtune.adapters.peft_config import about_model, as_targets, check_entries, copied, fitted
 from llmtune.adapters.plan import Build, Plan, copied_places, every_bias, plan_targets
 from llmtune.adapters.record import AdapterConfig, Targets, check_dtype, check_names
@@ -191,6 +191,11 @@ class LayerNormTuning(AdapterConfig):
                     f"{place} is a {type(bare_module(module)).__name__}, no norm with a weight of one dimension: "
                     "narrow the targets, or name it in train_modules to train it whole"
                 )
+            if any(not isinstance(layer, TrainedCopy) for layer in adapter_chain(module)):
+                raise ValueError(
+                    f'{place} already belongs to adapter "{adapter_chain(module)[0].adapter_name}", and a copy of the '
+                    "norm would run without it: attach LayerNormTuning first, or detach that one"
+                )
             return lambda base: TrainedNorm(base, dtype=self.dtype, adapter_name=name)
 
         return build
@@ -262,8 +267,4 @@ def _check_shared(places: Mapping[str, nn.Module], adapted: Sequence[str]) -> No
 
 
 def _trains(module: nn.Module, name: str) -> bool:
-    while isinstance(module, AdapterLayer):
-        if module.adapter_name == name and isinstance(module, TrainedNorm):
-            return True
-        module = module.base
-    return False
+    return any(isinstance(layer, TrainedNorm) and layer.adapter_name == name for layer in adapter_chain(module))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from llmtune.adapters.attach import (
@@ -81,7 +82,13 @@ class AdapterStack:
         return attach(self.model, config, name)
 
     def merge_and_start(
-        self, config: AdapterConfig, name: str, *, keep_base: bool = False, untie: bool = False
+        self,
+        config: AdapterConfig,
+        name: str,
+        *,
+        keep_base: bool = False,
+        untie: bool = False,
+        dequantize: bool | torch.dtype = False,
     ) -> tuple[MergeReport, AttachReport]:
         """Fold the newest adapter into the weights, and add another, the only one that is trained.
 
@@ -92,7 +99,7 @@ class AdapterStack:
             name: the new task's name.
             keep_base: keep the merged adapter and the weights from before, so that `unmerge` is exact; otherwise the
                 adapter is gone for good.
-            untie: as for `merge`.
+            untie, dequantize: as for `merge`.
 
         Raises:
             ValueError: there is no adapter yet; and as `merge` and `attach`.
@@ -107,7 +114,7 @@ class AdapterStack:
                 detach(self.model, last)
             attach(self.model, config, name)
             detach(self.model, name)
-        merged = merge(self.model, last, keep_base=keep_base, untie=untie)
+        merged = merge(self.model, last, keep_base=keep_base, untie=untie, dequantize=dequantize)
         report = attach(self.model, config, name)
         record_of(self.model, name).folded = record.folded  # the record goes with the last adapter
         return merged, report
@@ -135,7 +142,8 @@ class AdapterStack:
         if not self.names:
             raise ValueError("there is no adapter to save: start a task first")
         state = {key: getattr(self, key) for key in ("names", "active", "trained", "folded")}
-        return save_stack(self.model, folder, state | {"merged": record_of(self.model, self.names[-1]).merged})
+        record = record_of(self.model, self.names[-1])
+        return save_stack(self.model, folder, state | {"merged": record.merged}, over=record.over)
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path, *, folded: Sequence[str] = ()) -> AdapterStack:

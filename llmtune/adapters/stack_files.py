@@ -17,13 +17,16 @@ FILE = "adapter_stack.json"
 KEYS = ("names", "active", "trained", "merged", "folded")
 
 
-def save_stack(model: nn.Module, folder: str | Path, state: Mapping[str, Sequence[str]]) -> Path:
+def save_stack(
+    model: nn.Module, folder: str | Path, state: Mapping[str, Sequence[str]], *, over: Mapping[str, Sequence[str]]
+) -> Path:
     """Write every adapter and, last, the file of their state. See `AdapterStack.save`."""
     for name in state["names"]:
         save(model, folder, name)
     path = Path(folder) / FILE
     temporary = path.with_name(f".{FILE}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({key: list(state[key]) for key in KEYS}, indent=2), encoding="utf-8")
+    described = {key: list(state[key]) for key in KEYS} | {"over": {name: list(some) for name, some in over.items()}}
+    temporary.write_text(json.dumps(described, indent=2), encoding="utf-8")
     os.replace(temporary, path)
     return Path(folder)
 
@@ -35,7 +38,7 @@ def load_stack(model: nn.Module, folder: str | Path, *, folded: Iterable[str]) -
         FileNotFoundError: a file is missing.
         ValueError: the model has adapters, `folded` is not the stack's, or the files do not fit.
     """
-    state, folded = read_stack(Path(folder)), list(folded)
+    (state, over), folded = read_stack(Path(folder)), list(folded)
     if adapter_names(model):
         raise ValueError(
             f"a stack is loaded into a model without adapters; this one has {', '.join(adapter_names(model))}: "
@@ -48,11 +51,14 @@ def load_stack(model: nn.Module, folder: str | Path, *, folded: Iterable[str]) -
             "has those weights, and name those tasks"
         )
     try:
-        for name in state["names"]:
+        for name in state["names"]:  # each comes over the weights that it came over then
+            _merge(model, [other for other in over.get(name, []) if other in state["merged"]])
             load(model, folder, name)
+        _merge(model, state["merged"])
         set_active(model, state["active"])
-        for name in state["merged"]:
-            merge(model, name, untie=True)  # a tied weight was untied then, or it would not have been merged
+        strange = [name for name in state["trained"] if name not in state["names"]]
+        if strange:
+            raise ValueError(f'{folder}/{FILE}: "trained" names {strange[0]}, which is none of the stack\'s adapters')
         for name in state["names"]:
             for parameter in adapter_parameters(model, name).values():
                 parameter.requires_grad_(name in state["trained"])
@@ -60,6 +66,14 @@ def load_stack(model: nn.Module, folder: str | Path, *, folded: Iterable[str]) -
         take_off(model)
         raise
     record_of(model, state["names"][-1]).folded = folded
+
+
+def _merge(model: nn.Module, names: Iterable[str]) -> None:
+    """Merge those that are not yet merged. A tied weight was untied then, and a quantised one de-quantised, or it would
+    not have been merged."""
+    for name in names:
+        if name not in record_of(model, name).merged:
+            merge(model, name, untie=True, dequantize=True)
 
 
 def take_off(model: nn.Module) -> None:
@@ -71,8 +85,8 @@ def take_off(model: nn.Module) -> None:
         detach(model, name)
 
 
-def read_stack(folder: Path) -> dict[str, list[str]]:
-    """Return what the file of the state holds: lists of names.
+def read_stack(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return what the file of the state holds: lists of names, and for each adapter those merged when it came.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -87,6 +101,7 @@ def read_stack(folder: Path) -> dict[str, list[str]]:
         raise ValueError(f"{path} is no JSON: {type(error).__name__}: {error}") from error
     lists = [found.get(key) for key in KEYS] if isinstance(found, dict) else [None]
     whole = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
-    if not whole or not found["names"]:
+    over = found.get("over", {}) if isinstance(found, dict) else None
+    if not whole or not found["names"] or not isinstance(over, dict):
         raise ValueError(f"{path} describes no stack of adapters: it must hold lists of names for {', '.join(KEYS)}")
-    return {key: found[key] for key in KEYS}
+    return {key: found[key] for key in KEYS}, over

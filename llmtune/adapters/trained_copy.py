@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,16 @@ class TrainedCopy(AdapterLayer):
         adapter_name: the adapter the copy belongs to.
 
     Raises:
+        ValueError: another adapter stands there.
         TypeError: a parameter of it is not floating (quantised).
     """
 
     def __init__(self, base: nn.Module, *, dtype: torch.dtype | None = None, adapter_name: str = "default") -> None:
+        if isinstance(base, AdapterLayer) and not isinstance(base, TrainedCopy):
+            raise ValueError(
+                f'adapter "{base.adapter_name}" stands at this {type(bare_module(base)).__name__} already, and a copy '
+                "would run without it: attach the copy first, or detach that one"
+            )
         super().__init__(base, adapter_name=adapter_name)
         integral = next((p for p in bare_module(base).parameters() if not p.is_floating_point()), None)
         if integral is not None:
@@ -54,12 +60,12 @@ class TrainedCopy(AdapterLayer):
 
     def deltas(self) -> dict[str, Tensor]:
         """Return copy - original for every parameter, by its name in the module; see `AdapterLayer`."""
-        originals = dict(bare_module(self).named_parameters())
-        return {name: _wide(p) - _wide(originals[name]) for name, p in self.copy.named_parameters()}
+        originals = _parameters(bare_module(self))
+        return {name: _wide(p) - _wide(originals[name]) for name, p in _parameters(self.copy).items()}
 
     def replacements(self) -> dict[str, Tensor]:
         """Return the copy's parameters and buffers by their names in the module; see `AdapterLayer`."""
-        return {**dict(self.copy.named_parameters()), **dict(self.copy.named_buffers())}
+        return {**_parameters(self.copy), **dict(self.copy.named_buffers())}
 
     def file_tensors(self, place: str) -> dict[str, Tensor]:
         """Return the copy's parameters and buffers by the names of the originals; see `AdapterLayer`."""
@@ -100,7 +106,12 @@ class TrainedBias(AdapterLayer):
         kind = bare.bias.dtype if dtype is None else torch.promote_types(dtype, bare.bias.dtype)
         self.trained_bias = nn.Parameter(bare.bias.detach().to(kind, copy=True))
         # a base on the meta device has no values yet: then what stands there later is the original
-        self.register_buffer("original", None if bare.bias.is_meta else bare.bias.detach().clone(), persistent=False)
+        self.register_buffer("original", None if bare.bias.is_meta else bare.bias.detach().clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.original is None and f"{prefix}original" in state_dict:
+            self.original = torch.empty_like(cast(Tensor, bare_module(self).bias))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def weight(self) -> Any:
@@ -158,6 +169,11 @@ def adds_bias_last(module: nn.Module) -> bool:
     """Return whether the module is one of those that add their bias [out] to what they return, at the very end."""
     known = isinstance(module, nn.Linear | nn.LayerNorm) or type(module).__name__ == "Conv1D"
     return known and isinstance(getattr(module, "bias", None), Tensor)
+
+
+def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the module's parameters, a tied one by each of its names."""
+    return dict(module.named_parameters(remove_duplicate=False))
 
 
 def _wide(tensor: Any) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from llmtune.adapters import (
+    AdaLoRA,
     DoRA,
     LoRA,
     adapter_parameters,
@@ -38,13 +39,21 @@ def moved(model, name="default"):
 
 
 @pytest.mark.parametrize(
-    "config", [LoRA(rank=3, alpha=5), DoRA(rank=3, alpha=5), LoRA(rank=2, alpha=3, lora_bias=True)]
+    "config",
+    [
+        LoRA(rank=3, alpha=5),
+        DoRA(rank=3, alpha=5),
+        LoRA(rank=2, alpha=3, lora_bias=True),
+        AdaLoRA(alpha=5, total_steps=9, initial_rank=3, target_rank=2),
+        LoRA(rank=3, alpha=5, targets=(), target_parameters=["0.weight", "2.weight"]),
+    ],
 )
 def test_another_scaling_or_other_tensors_compile_nothing_anew(config, tmp_path):
     model = nn.Sequential(nn.Linear(11, 13), nn.Tanh(), nn.Linear(13, 7))
     attach(model, config)
     save(moved(model), tmp_path)
     saved = copy.deepcopy(model)
+    torch._dynamo.reset()  # what another case has made dynamic would hide a recompilation here
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     x = torch.randn(5, 11)
