@@ -24,16 +24,10 @@ class TrainedCopy(AdapterLayer):
         adapter_name: the adapter the copy belongs to.
 
     Raises:
-        ValueError: another adapter stands there.
         TypeError: a parameter of it is not floating (quantised).
     """
 
     def __init__(self, base: nn.Module, *, dtype: torch.dtype | None = None, adapter_name: str = "default") -> None:
-        if isinstance(base, AdapterLayer) and not isinstance(base, TrainedCopy):
-            raise ValueError(
-                f'adapter "{base.adapter_name}" stands at this {type(bare_module(base)).__name__} already, and a copy '
-                "would run without it: attach the copy first, or detach that one"
-            )
         super().__init__(base, adapter_name=adapter_name)
         integral = next((p for p in bare_module(base).parameters() if not p.is_floating_point()), None)
         if integral is not None:

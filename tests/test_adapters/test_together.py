@@ -14,8 +14,6 @@ from llmtune.adapters import (
     DoRA,
     LayerNormTuning,
     LoRA,
-    TrainedBias,
-    TrainedCopy,
     adapter_names,
     adapter_parameters,
     attach,
@@ -52,8 +50,6 @@ def test_a_copy_of_a_norm_does_not_leave_out_its_trained_bias(make, first):
         attach(model, LayerNormTuning(), "norms")
     assert adapter_names(model) == ["biases"]
     assert torch.equal(output(model), before)
-    with pytest.raises(ValueError, match=r'adapter "a" stands at this LayerNorm already, and a copy'):
-        TrainedCopy(TrainedBias(nn.LayerNorm(5), adapter_name="a"))
 
 
 @pytest.mark.parametrize("untie", [False, True])
