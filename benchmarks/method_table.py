@@ -67,6 +67,9 @@ IA3_PLACES = {
 USUAL, HIGH = rates((3e-3, 1e-2), (1e-3,)), rates((1e-2, 3e-2), (1e-2,))
 
 
+SHORT = USUAL | {"decoder": ()}  # on the decoder one of each kind is tried, which takes long enough
+
+
 def lora(**knobs: Any) -> Callable[..., AdapterConfig]:
     """Return LoRA of rank 8 with knobs."""
     return lambda **where: LoRA(**({"rank": 8, "alpha": 16} | knobs | where))
@@ -75,22 +78,24 @@ def lora(**knobs: Any) -> Callable[..., AdapterConfig]:
 METHODS: dict[str, Method] = {
     "all weights": Method(None, rates((3e-4, 1e-3), (1e-4,))),
     "lora": Method(lora(), USUAL, LINEAR),
-    "lora, rslora": Method(lora(rslora=True), USUAL, LINEAR),
-    "lora+": Method(lora(), USUAL, LINEAR, lora_plus_ratio=16.0),
-    "lora, pissa": Method(lora(initialise="pissa"), USUAL, LINEAR),
-    "lora, olora": Method(lora(initialise="olora"), USUAL, LINEAR),
-    "lora, orthogonal": Method(lora(initialise="orthogonal"), USUAL, LINEAR),
+    "lora, rslora": Method(lora(rslora=True), SHORT, LINEAR),
+    "lora+": Method(lora(), SHORT, LINEAR, lora_plus_ratio=16.0),
+    "lora, pissa": Method(lora(initialise="pissa"), SHORT, LINEAR),
+    "lora, olora": Method(lora(initialise="olora"), SHORT, LINEAR),
+    "lora, orthogonal": Method(lora(initialise="orthogonal"), SHORT, LINEAR),
     "dora": Method(lambda **where: DoRA(rank=8, alpha=16, **where), USUAL, LINEAR),
-    "adalora": Method(AdaLoRA, HIGH, {place: {"alpha": 16} | LINEAR.get(place, {}) for place in PLACES}),
+    "adalora": Method(
+        AdaLoRA, HIGH | {"decoder": ()}, {place: {"alpha": 16} | LINEAR.get(place, {}) for place in PLACES}
+    ),
     "vera": Method(lambda **where: VeRA(rank=64, **where), HIGH, LINEAR),
     "ia3": Method(IA3, HIGH, IA3_PLACES),
     "bitfit": Method(BitFit, rates((1e-2, 3e-2))),  # a Llama has no biases
     "layer norms": Method(LayerNormTuning, HIGH),
-    "bottleneck, houlsby": Method(lambda **where: Bottleneck(size=8, kind="houlsby", **where), USUAL),
+    "bottleneck, houlsby": Method(lambda **where: Bottleneck(size=8, kind="houlsby", **where), SHORT),
     "bottleneck, pfeiffer": Method(lambda **where: Bottleneck(size=16, kind="pfeiffer", **where), USUAL),
-    "bottleneck, parallel": Method(lambda **where: Bottleneck(size=16, kind="parallel", **where), USUAL),
+    "bottleneck, parallel": Method(lambda **where: Bottleneck(size=16, kind="parallel", **where), SHORT),
     "loreft": Method(lambda **where: LoReFT(rank=4, **where), HIGH),
     "prefix": Method(lambda **where: PrefixTuning(tokens=20, **where), HIGH),
-    "prompt": Method(lambda **where: PromptTuning(tokens=20, **where), HIGH),
-    "p-tuning": Method(lambda **where: PTuning(tokens=20, **where), HIGH),
+    "prompt": Method(lambda **where: PromptTuning(tokens=20, **where), HIGH | {"decoder": ()}),
+    "p-tuning": Method(lambda **where: PTuning(tokens=20, **where), HIGH | {"decoder": ()}),
 }

@@ -34,6 +34,7 @@ class AdapterLayer(nn.Module):
     def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
         super().__init__()
         self.base = base
+        self.training = base.training
         self.adapter_name = adapter_name
         self.active = True
         self.merged = False

@@ -103,6 +103,8 @@ def _zero_at_start(model: nn.Module, trained: dict[str, nn.Parameter]) -> set[st
 
     def starts_at_zero(name: str) -> bool:
         place, _, local = name.rpartition(".")
+        if f"{place}.lora_e" in trained:  # AdaLoRA's, where E starts at zero and B does not
+            return False
         if place in embeddings and local in ("lora_a", "lora_b"):
             return local == "lora_a"
         return ZERO_AT_START.search(name) is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmtune.adapters import DoRA, LoRA, adapter_parameters, attach
+from llmtune.adapters import AdaLoRA, DoRA, LoRA, adapter_parameters, attach
 from llmtune.optim import parameter_groups
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training import LoopSettings, TrainingLoop
@@ -288,3 +288,10 @@ def test_models_without_what_is_asked_for():
         parameter.requires_grad_(not name.endswith("lora_b"))
     with pytest.raises(ValueError, match="no such parameter is trained here"):
         groups_of(frozen, lora_plus_ratio=16)
+
+
+def test_adalora_has_no_b_that_starts_at_zero():
+    model = tiny_llama()
+    attach(model, AdaLoRA(alpha=4, total_steps=9, initial_rank=3, target_rank=2))
+    with pytest.raises(ValueError, match="lora_plus_ratio is for LoRA's B"):
+        parameter_groups(model, learning_rate=1e-3, lora_plus_ratio=16)
