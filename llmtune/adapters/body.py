@@ -19,6 +19,7 @@ from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
 
 CACHES = ("cache", "past_key_values")  # transformers' names for it, the newer first
 FILLED = "virtual_tokens_filled"  # how body layers tell those within them what they have put into the cache
+HELD = "virtual_tokens_held"  # on a cache: how many of its first positions are virtual tokens, for blocks to read
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ def find_body(model: nn.Module, method: str) -> Body:
     found = bare_module(getattr(whole, str(whole.base_model_prefix), whole))
     if found is whole and encoder is not None:
         found = encoder  # T5EncoderModel, which only hands on
+    while encoder is None and (inner := _side(found, "get_decoder")) is not None:
+        found = inner  # OPTModel only hands on, and OPTForCausalLM goes round it
     if found is bare_module(model):
         raise TypeError(
             f"the model itself, a {type(found).__name__}, is the body that {method} would stand in the place of: "
@@ -122,7 +125,9 @@ class BodyLayer(StandIn):
 
     def __init__(self, base: nn.Module, *, adapter_name: str = "default") -> None:
         super().__init__(base, adapter_name=adapter_name)
-        self.names_of_arguments = tuple(_parameters(bare_module(base)))
+        bare = bare_module(base)
+        self.names_of_arguments = tuple(_parameters(bare))
+        self.counts_real_tokens = "position_ids" in self.names_of_arguments and _counts_from_zero(bare)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the body returns, in its own form, changed where the adapter takes part.
@@ -160,6 +165,18 @@ class BodyLayer(StandIn):
         given = [name for name in CACHES if inputs.get(name) is not None]
         return given[0] if given else next((name for name in CACHES if name in self.names_of_arguments), CACHES[0])
 
+    def positions(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the positions that are given, [B | 1, T], or those that generation would give; None where it has none.
+
+        They are made of the mask in rows that start with padding: with virtual tokens before it, padding that is
+        counted would stand between them and the text.
+        """
+        given, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if given is not None or not self.counts_real_tokens or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return given
+        text = next(inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None)
+        return positions_of(mask)[:, -text.shape[1] :]
+
     def past(self, inputs: dict[str, Any], filled: int) -> int:
         """Return how many positions of earlier calls the cache holds.
 
@@ -192,6 +209,13 @@ def widened_mask(mask: Any, n: int) -> Tensor | None:
             f"virtual tokens need the attention_mask as [B, S], 1 at real tokens and 0 at padding; got {came}"
         )
     return torch.cat([mask.new_ones(len(mask), n), mask], 1)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Return positions [B, S] by an attention mask [B, S]: in rows that start with padding only real tokens count."""
+    count = mask.long().cumsum(1)
+    plain = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask[:, :1] == 0, (count - 1).clamp(min=0), plain)
 
 
 def check_not_packed(inputs: Mapping[str, Any]) -> None:
@@ -249,6 +273,16 @@ def _side(whole: Any, getter: str) -> nn.Module | None:
     if not isinstance(side, nn.Module) or bare_module(side) is whole:
         return None
     return bare_module(side) if "inputs_embeds" in _parameters(bare_module(side)) else None
+
+
+def _counts_from_zero(bare: nn.Module) -> bool:
+    """Return whether this is a decoder whose positions count from 0, and are not made of the mask by itself.
+
+    RoBERTa's table of positions begins with a padding row, and OPT's is of a class that reads the mask.
+    """
+    tables = [m for name, m in bare.named_modules() if "position" in name and isinstance(m, nn.Embedding)]
+    own = any(type(table) is not nn.Embedding or table.padding_idx is not None for table in tables)
+    return not own and any(getattr(module, "is_causal", False) is True for module in bare.modules())
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.adapters.around import OutputLayer, linear_sizes, width_of
-from llmtune.adapters.layer import bare_module, named_places
+from llmtune.adapters.layer import adapter_chain, bare_module, named_places
 from llmtune.adapters.plan import Build, Plan, copied_places, finish
+from llmtune.adapters.prompt_layer import PromptLayer
 from llmtune.adapters.prompt_positions import BlockInputs, prompt_positions
 from llmtune.adapters.record import (
     AdapterConfig,
@@ -31,6 +32,8 @@ from llmtune.adapters.sublayers import find_sublayers
 from llmtune.adapters.targets import ALL_LINEAR, inside, matching
 
 Positions = tuple[int, int] | Literal["all"]
+TOGETHER = """LoReFT at a prompt's first and last tokens would take the virtual tokens of {prompt} for the prompt's: \
+use LoReFT(..., positions="all"), or PrefixTuning"""
 
 
 def loreft_change(
@@ -59,7 +62,8 @@ def loreft_change(
 
     Wu et al., "ReFT" (2024), equation 2.
     """
-    edit = F.linear(hidden.to(rotation.dtype), weight - rotation, bias)
+    dtype = rotation.dtype  # a model that was made bf16 as a whole has W and b in that
+    edit = F.linear(hidden.to(dtype), weight.to(dtype) - rotation, bias.to(dtype))
     return F.linear(F.dropout(edit, dropout_p), rotation.T)
 
 
@@ -187,6 +191,10 @@ class LoReFT(AdapterConfig):
     An edit of hidden states is no change of weights, so `merge` refuses it. `output_hidden_states` of transformers
     gives what the blocks themselves return, before the edit. PEFT has no LoReFT: the files are of our own format.
 
+    In generation with a cache only the prompt is edited; with `use_cache=False` every step edits the grown row anew,
+    its newest tokens as its last: the two differ. A prefix is no part of the prompt; beside PromptTuning and PTuning
+    only positions="all" goes.
+
     Args:
         rank: r.
         layers: which blocks, counted from 0; or "all".
@@ -226,7 +234,7 @@ class LoReFT(AdapterConfig):
             check_expressions("blocks", self.blocks)
         check_names(ALL_LINEAR, (), self.train_modules)
         if self.layers != "all":
-            numbers = () if isinstance(self.layers, str) else tuple(self.layers)
+            numbers = tuple(self.layers) if isinstance(self.layers, list | tuple | range) else ()
             whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
             if not numbers or not whole or len(set(numbers)) < len(numbers):
                 raise ValueError(f'layers must be "all" or different whole numbers from 0; got {self.layers!r}')
@@ -242,6 +250,9 @@ class LoReFT(AdapterConfig):
             if beyond:
                 raise ValueError(f"layers names {beyond[0]}, and the blocks count from 0 to {len(blocks) - 1}")
             blocks = [blocks[number] for number in self.layers]
+        prompts = [place for place in places if any(isinstance(x, PromptLayer) for x in adapter_chain(places[place]))]
+        if self.positions != "all" and any(inside(place, prompts) for place in blocks):
+            raise ValueError(TOGETHER.format(prompt="PromptTuning or PTuning"))
         plan.adapted, plan.counts = blocks, {"blocks": len(blocks)}
         builders = [(place, self._build(place, places, name)) for place in blocks]
         finish(model, plan, name)

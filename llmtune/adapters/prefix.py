@@ -24,6 +24,8 @@ class PrefixTuning(VirtualTokens):
     the pair 2 i mod L of the table, which is how PEFT deals it out: where L is even two layers share a pair, and half
     of the table is never read.
 
+    The text's positions are made as with `PromptTuning`: padding on the left of a decoder's row is not counted.
+
     PEFT's files hold what the projection makes and not the projection: a loaded adapter gives the same outputs to the
     bit, is trained on as a plain table, and its record has `projection=False`.
 

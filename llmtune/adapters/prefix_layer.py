@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtune.adapters.body import CACHES, BodyLayer, StandIn, check_not_packed, widened_mask
+from llmtune.adapters.body import CACHES, HELD, BodyLayer, StandIn, check_not_packed, widened_mask
 from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.virtual_tokens import KEY
 
@@ -111,7 +111,7 @@ class PrefixLayer(BodyLayer):
     def changed(self, inputs: dict[str, Any], filled: int) -> Any:
         """Return the body's output for the text after the prefix; see `BodyLayer`."""
         n, past = self.prefix_table.tokens, self.past(inputs, filled)
-        mask, positions = widened_mask(inputs.get("attention_mask"), n), inputs.get("position_ids")
+        mask, positions = widened_mask(inputs.get("attention_mask"), n), self.positions(inputs)
         if past <= 0:
             check_not_packed(inputs)
         inputs["attention_mask"] = mask
@@ -123,6 +123,7 @@ class PrefixLayer(BodyLayer):
         text = next(inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None)
         cache = self._new_cache() if given is None else given
         self._fill(cache, len(text), text.device.type)
+        setattr(cache, HELD, filled + n)
         output = self.run(inputs | {name: cache}, filled + n)
         if given is None and not self._wants_cache(inputs) and output.get(name) is not None:
             output = type(output)(**{key: value for key, value in output.items() if key != name})

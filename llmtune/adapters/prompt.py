@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.body import embeddings_of, find_body
-from llmtune.adapters.layer import bare_module
+from llmtune.adapters.layer import adapter_chain, bare_module, named_places
+from llmtune.adapters.loreft import TOGETHER, LoReFTLayer
 from llmtune.adapters.plan import Build, Plan
 from llmtune.adapters.prompt_encoder import PromptEncoder, PromptTable
 from llmtune.adapters.prompt_layer import PromptLayer, PromptMemory
 from llmtune.adapters.record import AdapterConfig, check_probability, check_whole
+from llmtune.adapters.targets import inside
 from llmtune.adapters.virtual_tokens import KEY, VirtualTokens, common_entries, common_fields
 
 
@@ -43,6 +45,11 @@ class _Prompt(VirtualTokens):
         builders: list[tuple[str, Build]] = [(body.place, stand_in)]
         if body.decoder_place is not None:
             builders.append((body.decoder_place, lambda base: PromptMemory(base, self.tokens, adapter_name=name)))
+        places = dict(named_places(model))
+        for inner in places:
+            edits = [layer for layer in adapter_chain(places[inner]) if isinstance(layer, LoReFTLayer) and layer.inputs]
+            if edits and inside(inner, [body.place]):
+                raise ValueError(TOGETHER.format(prompt=method))
         plan = self.planned(model, name, [place for place, _ in builders])
         plan.builders += builders
         return plan
@@ -82,9 +89,10 @@ class PromptTuning(_Prompt):
     and `LoadReport.unmatched` tells of the others; files written here hold n.
 
     What comes out of the model has the shapes it had, and labels need not be widened. PEFT's logits have n positions
-    more, and its loss one target more in every row: the first token, unless its label is -100. Where `position_ids` are
-    given (generation gives them) the text's go up by n, so that padding on the left changes nothing; PEFT leaves them
-    out, and counts padding. A model that knows distances alone, as T5, has the padding between both, as with PEFT.
+    more, and its loss one target more in every row: the first token, unless its label is -100. The `position_ids` of
+    the text go up by n. Where a decoder is given none, rows that start with padding get those that generation makes of
+    the attention mask, so that padding on the left changes nothing; PEFT counts padding. An encoder counts it as well,
+    and a model that knows distances alone, as T5, has the padding between both, as with PEFT.
 
     Args:
         tokens: n.

@@ -48,14 +48,15 @@ class PromptLayer(BodyLayer):
         n, past = self.prompt_source.tokens, self.past(inputs, filled)
         mask = widened_mask(inputs.get("attention_mask"), n)
         if past > 0:
-            moved = _moved(inputs.get("position_ids"), n)
+            moved = _moved(self.positions(inputs), n)
             return self.run(inputs | {"attention_mask": mask, "position_ids": moved}, filled)
         check_not_packed(inputs)
+        positions = self.positions(inputs)
         text, ids = inputs.get("inputs_embeds"), inputs.pop("input_ids", None)
         if text is None:
             text = embeddings_of(self.base, "a prompt")(ids)
         virtual = self.prompt_source().to(text.dtype)
-        inputs["position_ids"] = widened_positions(inputs.get("position_ids"), inputs.get("attention_mask"), n)
+        inputs["position_ids"] = widened_positions(positions, inputs.get("attention_mask"), n)
         types = inputs.get("token_type_ids")
         if types is not None:
             inputs["token_type_ids"] = torch.cat([types.new_zeros(len(types), n), types], 1)

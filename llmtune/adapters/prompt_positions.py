@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.around import first_input
+from llmtune.adapters.body import HELD
 from llmtune.adapters.layer import bare_module
 
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _MASKS = ("attention_mask", "mask")
 _ADDED = -1e3  # a mask that is added to scores is 0 where a token may look, and far below this where it may not
+_MASKED_IS_TRUE = ("MptBlock",)  # blocks whose bool mask says where a token may not look
+_UNREADABLE = {  # blocks whose arguments do not tell what is asked here
+    "LongT5Block": "cuts a row into pieces, and its mask with it",
+    "RwkvBlock": "is told neither of padding nor of earlier tokens by a mask or a cache",
+}
 
 
 def prompt_positions(real: Tensor, prefix: int, suffix: int, starts: Tensor | None = None) -> Tensor:
@@ -56,18 +62,26 @@ class BlockInputs:
         block: the block; its `forward` tells the names.
 
     Raises:
-        TypeError: it takes a mask by a name that is not known, so that padding would not be seen.
+        TypeError: it takes a mask by a name that is not known, so that padding would not be seen, or it is one of the
+            few kinds whose arguments do not tell.
     """
 
     def __init__(self, block: nn.Module) -> None:
         bare = bare_module(block)
         self.names = tuple(inspect.signature(bare.forward).parameters)
-        index = (getattr(module, "layer_idx", None) for module in bare.modules())
+        kind = type(bare).__name__
+        if kind in _UNREADABLE:
+            raise TypeError(
+                f"a {kind} {_UNREADABLE[kind]}, so the first and last real tokens are not to be told: use "
+                'positions="all"'
+            )
+        self.masked_is_true = kind in _MASKED_IS_TRUE
+        index = (getattr(module, name, None) for name in ("layer_idx", "layer_id") for module in bare.modules())
         self.layer = next((found for found in index if isinstance(found, int)), 0)
         odd = [name for name in self.names if "mask" in name]
         if odd and not any(name in _MASKS for name in self.names):
             raise TypeError(
-                f"a {type(bare).__name__} is told of padding by {odd[0]}, which is not known here, so the first and "
+                f"a {kind} is told of padding by {odd[0]}, which is not known here, so the first and "
                 'last real tokens are not to be told: use positions="all"'
             )
 
@@ -77,16 +91,20 @@ class BlockInputs:
         return next((named[name] for name in names if named.get(name) is not None), None)
 
     def goes_on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a cache holds earlier tokens, so that these are generated ones and no prompt."""
+        """Return whether a cache holds earlier tokens, so that these are generated ones and no prompt.
+
+        A prefix is none: the body layer that has put it there says on the cache how long it is.
+        """
         cache = self.get(args, kwargs, *_CACHES)
         if cache is None:
             return False
         if not hasattr(cache, "get_seq_length"):
             return bool(cache.length > 0)
+        held = getattr(cache, HELD, 0)
         try:
-            return bool(cache.get_seq_length(self.layer) > 0)
+            return bool(cache.get_seq_length(self.layer) > held)
         except ValueError:  # a block without keys of its own: an earlier one's hold the new tokens already
-            return bool(cache.get_seq_length() > first_input(args, kwargs).shape[1])
+            return bool(cache.get_seq_length() > first_input(args, kwargs).shape[1] + held)
 
     def real(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return bool [B, T], True at the tokens that are no padding and that `prompt_mask`, where given, marks.
@@ -100,7 +118,10 @@ class BlockInputs:
             ValueError: `prompt_mask` is not [B, T].
         """
         B, T = hidden.shape[:2]
-        real = _real(self.get(args, kwargs, *_MASKS), T)
+        mask, cache = self.get(args, kwargs, *_MASKS), self.get(args, kwargs, *_CACHES)
+        if self.masked_is_true and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            mask = ~mask
+        real = _real(mask, T, None if cache is None else getattr(cache, HELD, 0))
         real = torch.ones(B, T, dtype=torch.bool, device=hidden.device) if real is None else real.expand(B, T)
         prompt = self.get(args, kwargs, "prompt_mask")
         if prompt is not None:
@@ -124,8 +145,15 @@ class BlockInputs:
         return starts.expand(*hidden.shape[:2])
 
 
-def _real(mask: Any, T: int) -> Tensor | None:
-    """Return bool [B or 1, T] of a mask of any kind that attention takes; None where all tokens are real."""
+def _real(mask: Any, T: int, held: int | None) -> Tensor | None:
+    """Return bool [B or 1, T] of a mask of any kind that attention takes; None where all tokens are real.
+
+    Args:
+        mask: the mask, or None.
+        T: how many tokens.
+        held: how many positions of a prefix are before them; None without a cache, where what the mask has more is a
+            prefix (under gradient checkpointing GPT-2 takes the cache away and leaves the mask).
+    """
     if mask is None:
         return None
     if hasattr(mask, "dense"):  # one of this library's masks
@@ -136,8 +164,16 @@ def _real(mask: Any, T: int) -> Tensor | None:
             f"a mask of type {type(mask).__name__} does not tell the padding: load the model with another "
             'attn_implementation, or use positions="all"'
         )
+    if mask.ndim not in (2, 4):
+        raise TypeError(
+            f'a mask of the shape {[*mask.shape]} does not tell the padding of [B, T] tokens: use positions="all"'
+        )
+    n = max(mask.shape[-1] - T, 0) if held is None else held
     if mask.ndim == 2:  # 1 and 0; or what attn_implementation="llmtune" has: documents, or windows, negative at padding
         added = mask.is_floating_point() and not bool((mask > 0).any())  # Pegasus-X: 0, and far below it at padding
-        return None if mask.dtype == torch.int32 else mask[:, :T] > (_ADDED if added else 0)
-    seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > _ADDED
-    return seen[:, 0, :T] if seen.shape[1] == 1 else seen.diagonal(dim1=1, dim2=2)[:, :T]  # every token sees itself
+        return None if mask.dtype == torch.int32 else mask[:, n : n + T] > (_ADDED if added else 0)
+    # bool; or whole numbers, 0 at padding (DeBERTa); or what is added
+    seen = mask[:, 0] > _ADDED if mask.is_floating_point() else mask[:, 0] != 0
+    if seen.shape[1] == 1:
+        return seen[:, 0, n : n + T]
+    return seen.diagonal(n, dim1=1, dim2=2)[:, :T]  # every token sees itself

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from llmtune.adapters import LoRA, PrefixTuning, PromptTuning, PTuning, adapter_names, attach, disabled
+from llmtune.adapters import (
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    adapter_names,
+    adapter_parameters,
+    attach,
+    disabled,
+)
 from llmtune.adapters.body import find_body
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -34,6 +43,33 @@ def mamba():
     return MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=22, num_hidden_layers=2, state_size=3))
 
 
+def tiny_opt(cls=None):
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=97, hidden_size=26, ffn_dim=31, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=26, pad_token_id=0, dropout=0.0,
+    )  # fmt: skip
+    return (cls or OPTForCausalLM)(config).eval()
+
+
+def opt_classifier():
+    from transformers import OPTForSequenceClassification
+
+    return tiny_opt(OPTForSequenceClassification)
+
+
+def bart_decoder():
+    from transformers import BartConfig, BartForCausalLM
+
+    config = BartConfig(
+        vocab_size=97, d_model=26, encoder_layers=2, encoder_attention_heads=2, decoder_layers=2,
+        decoder_attention_heads=2, decoder_ffn_dim=31, dropout=0.0,
+        max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    return BartForCausalLM(config).eval()
+
+
 class Stub(nn.Module):
     """What a Hugging Face model shows of itself, and no more."""
 
@@ -59,6 +95,9 @@ class Speechless(nn.Module):
         (tiny_t5, ("encoder", "decoder")),
         (lambda: tiny_t5().get_submodule(""), ("encoder", "decoder")),
         (encoder_only, ("encoder", None)),
+        (tiny_opt, ("model.decoder", None)),
+        (opt_classifier, ("model.decoder", None)),
+        (bart_decoder, ("model.decoder", None)),
         (lambda: nn.ModuleDict({"inner": tiny_bert().bert}), ("inner", None)),
         (lambda: nn.ModuleDict({"inner": tiny_llama()}), ("inner.model", None)),
         (lambda: nn.ModuleDict({"inner": tiny_t5()}), ("inner.encoder", "inner.decoder")),
@@ -70,6 +109,18 @@ def test_the_body_is_found_bare_or_adapted(make, places):
         body = find_body(model, "it")
         assert (body.place, body.decoder_place) == places
         attach(model, PromptTuning(tokens=N), f"adapter{len(adapter_names(model))}")
+
+
+@every_record
+@pytest.mark.parametrize("make", [tiny_opt, opt_classifier, bart_decoder, tiny_llama, tiny_gpt2])
+def test_the_body_found_is_the_one_that_runs(make, record):
+    model, mask = make(), torch.ones_like(IDS)
+    with torch.no_grad():
+        plain = model(input_ids=IDS, attention_mask=mask).logits
+        attach(model, record)
+        assert not torch.allclose(model(input_ids=IDS, attention_mask=mask).logits, plain, atol=1e-3)
+    model(input_ids=IDS, attention_mask=mask).logits.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in adapter_parameters(model).values())
 
 
 def test_an_encoder_without_a_decoder_keeps_its_shape():

@@ -12,6 +12,9 @@ from llmtune.adapters import (
     LoRA,
     LoReFT,
     LoReFTLayer,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
     adapter_parameters,
     attach,
     detach,
@@ -145,6 +148,92 @@ def test_padding_changes_nothing_for_the_real_tokens(mask):
         alone = logits(model, IDS[row : row + 1, mask[row].bool()])
         torch.testing.assert_close(together[row : row + 1, mask[row].bool()], alone, rtol=1e-5, atol=1e-5)
         assert alone.shape[1] == length
+
+
+def mpt():
+    sizes = {"d_model": 26, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "vocab_size": 97}
+    return hf.MptForCausalLM(hf.MptConfig(**sizes)).eval()
+
+
+def deberta():
+    sizes = {"hidden_size": 26, "intermediate_size": 31, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return hf.DebertaV2ForMaskedLM(hf.DebertaV2Config(**sizes, vocab_size=97)).eval()
+
+
+def gpt_neo():
+    sizes = {"hidden_size": 26, "num_layers": 2, "num_heads": 2, "vocab_size": 97, "max_position_embeddings": 64}
+    return hf.GPTNeoForCausalLM(hf.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]])).eval()
+
+
+@pytest.mark.parametrize("make", [mpt, deberta, gpt_neo])
+@pytest.mark.parametrize("mask", [LEFT, RIGHT])
+def test_masks_of_other_meanings_are_read_rightly(make, mask, seen):
+    logits(adapted(make), attention_mask=mask)
+    assert len(seen) == 2
+    assert all(torch.equal(real, mask.bool()) for real, _ in seen)
+
+
+def test_the_layers_of_gpt_neo_are_told_apart_in_a_cache(seen):
+    model = adapted(gpt_neo)
+    torch.testing.assert_close(logits(model, use_cache=True), logits(model, use_cache=False))
+    seen.clear()
+    model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False)
+    assert len(seen) == 2  # both blocks at the prompt, none later
+
+
+def test_blocks_that_do_not_tell_are_refused():
+    sizes = {"vocab_size": 97, "d_model": 26, "d_kv": 13, "d_ff": 31, "num_layers": 1, "num_heads": 2}
+    model = hf.LongT5ForConditionalGeneration(hf.LongT5Config(**sizes))
+    with pytest.raises(TypeError, match=r'a LongT5Block cuts a row into pieces, .*: use positions="all"'):
+        attach(model, LoReFT(rank=2))
+    attach(model, LoReFT(rank=2, positions="all"))
+    model = hf.RwkvForCausalLM(hf.RwkvConfig(vocab_size=97, hidden_size=26, num_hidden_layers=2))
+    with pytest.raises(TypeError, match="a RwkvBlock is told neither of padding nor of earlier tokens"):
+        attach(model, LoReFT(rank=2))
+    layer = LoReFTLayer(TakesMask(), rank=2, width=5, positions=(1, 1))
+    with pytest.raises(TypeError, match=r"a mask of the shape \[2, 1, 3, 3, 9\] does not tell the padding"):
+        layer(torch.ones(2, 3, 5), attention_mask=torch.ones(2, 1, 3, 3, 9))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "llmtune"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_prefix_is_no_part_of_the_prompt(make, order, attention, seen):
+    model = make(attention=attention)
+    torch.manual_seed(0)
+    records = [("prefix", PrefixTuning(tokens=5)), ("reft", LoReFT(rank=3, positions=(2, 1))),
+               ("more", PrefixTuning(tokens=2))]  # fmt: skip
+    for name, record in records[::order]:
+        attach(model, record, name)
+    start = logits(model)
+    move(model, "reft")
+    assert not torch.allclose(logits(model), start, atol=1e-3)
+    for mask in (LEFT, RIGHT):
+        for use_cache in (False, True):
+            seen.clear()
+            logits(model, attention_mask=mask, use_cache=use_cache)
+            assert len(seen) == 2
+            assert all(torch.equal(real, mask.bool()) for real, _ in seen)
+    seen.clear()
+    model.generate(input_ids=IDS, attention_mask=LEFT, max_new_tokens=4, do_sample=False)
+    assert len(seen) == 2
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    seen.clear()
+    model(input_ids=IDS, attention_mask=LEFT).logits.sum().backward()
+    assert len(seen) == 2
+    assert all(torch.equal(real, LEFT.bool()) for real, _ in seen)
+
+
+@pytest.mark.parametrize("prompt", [PromptTuning(tokens=5), PTuning(tokens=5)])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_t5])
+def test_virtual_tokens_before_the_text_are_refused_in_either_order(make, prompt):
+    for first, second in ((prompt, LoReFT(rank=2)), (LoReFT(rank=2), prompt)):
+        model = make()
+        attach(model, first, "first")
+        with pytest.raises(ValueError, match=r"would take the virtual tokens of .* for the prompt's: use .* or Prefix"):
+            attach(model, second, "second")
+        attach(model, LoReFT(rank=2, positions="all"), "third")
+    attach(model, LoReFT(rank=2), "fourth")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "llmtune"])
@@ -330,6 +419,17 @@ def test_a_bf16_base_rounds_once():
     assert torch.equal(layer(x, **given), (plain.float() + change).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_becomes_half_as_a_whole_goes_on(dtype):
+    model = adapted(tiny_llama)
+    whole = logits(model)
+    model.to(dtype)
+    assert logits(model).dtype == dtype
+    torch.testing.assert_close(logits(model).float(), whole, rtol=0.1, atol=0.1 * float(whole.abs().max()))
+    model(input_ids=IDS).logits.float().square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in adapter_parameters(model).values())
+
+
 def test_a_model_without_storage_can_be_attached_to():
     with torch.device("meta"):
         model = hf.LlamaForCausalLM(tiny_llama().config)
@@ -388,6 +488,8 @@ def test_files_of_our_own(make, config, tmp_path):
         ({"layers": [-1]}, r"got \[-1\]"),
         ({"layers": []}, r"got \[\]"),
         ({"layers": "last"}, "got 'last'"),
+        ({"layers": 3}, r'layers must be "all" or different whole numbers from 0; got 3'),
+        ({"layers": None}, "got None"),
         ({"dropout": 1}, "dropout must be a probability"),
         ({"dtype": torch.bfloat16}, "dtype must be float32 or float64, in which rows can be orthonormal"),
         ({"blocks": "(x"}, "blocks must be suffixes or one regular expression"),

@@ -21,6 +21,7 @@ from llmtune.adapters import (
     save,
     set_active,
 )
+from llmtune.adapters.body import BodyLayer
 from llmtune.integrations import register
 from llmtune.losses import causal_lm_loss, classification_loss, masked_lm_loss, sequence_to_sequence_loss
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -64,6 +65,32 @@ def greedy(model, ids, mask, steps=9):
 def generated(model, ids, mask, **options):
     options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False} | options
     return model.eval().generate(input_ids=ids, attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_padding_on_the_left_is_not_counted_without_positions_either(make, record):
+    model = with_adapter(make, record)
+    positions = (LEFT.cumsum(1) - 1).clamp(min=0)
+    found = logits(model, attention_mask=LEFT)
+    assert torch.equal(found[LEFT.bool()], logits(model, attention_mask=LEFT, position_ids=positions)[LEFT.bool()])
+    for row, mask in enumerate(LEFT.bool()):
+        alone = logits(model, IDS[row : row + 1, mask])[0]
+        torch.testing.assert_close(found[row, mask], alone, rtol=1e-5, atol=1e-5)
+    first = model(input_ids=IDS[:, :7], attention_mask=LEFT[:, :7], use_cache=True)  # and in a second call alike
+    second = model(input_ids=IDS[:, 7:], attention_mask=LEFT, past_key_values=first.past_key_values)
+    torch.testing.assert_close(second.logits, found[:, 7:], rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(model, attention_mask=torch.ones_like(IDS)), logits(model))
+
+
+def test_an_encoder_and_a_table_that_begins_with_padding_have_their_own_positions():
+    from transformers import RobertaConfig, RobertaForCausalLM
+
+    sizes = {"vocab_size": 97, "hidden_size": 26, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = RobertaForCausalLM(RobertaConfig(**sizes, intermediate_size=31, is_decoder=True))
+    for model in (tiny_bert(), roberta):
+        attach(model, RECORDS[0])
+        assert not next(layer for layer in model.modules() if isinstance(layer, BodyLayer)).counts_real_tokens
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "llmtune"])

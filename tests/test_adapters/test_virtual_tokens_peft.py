@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM
 
 from llmtune.adapters import PrefixTuning, PromptTuning, PTuning, adapter_names, adapter_parameters, attach, load, save
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -41,6 +41,17 @@ def tiny_bart():
     return model.eval()
 
 
+def tiny_opt():
+    """A model that goes round the body it shows, to the decoder within."""
+    config = OPTConfig(
+        vocab_size=97, hidden_size=26, ffn_dim=31, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        max_position_embeddings=64, word_embed_proj_dim=26, dropout=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return OPTForCausalLM(config).eval()
+
+
 CASES = {  # name: (model, PEFT's task, record, what PEFT calls it beside num_virtual_tokens)
     "prompt llama": (tiny_llama, lm, PromptTuning(tokens=N), {}),
     "prompt llama tied": (partial(tiny_llama, tied=True), lm, PromptTuning(tokens=N, initialise="vocabulary"),
@@ -69,6 +80,9 @@ CASES = {  # name: (model, PEFT's task, record, what PEFT calls it beside num_vi
                                {"prefix_projection": True, "encoder_hidden_size": 7}),
     "prefix bert": (tiny_bert, features, PrefixTuning(tokens=N), {}),
     "prompt bart": (tiny_bart, pair, PromptTuning(tokens=N), {}),
+    "prompt opt": (tiny_opt, lm, PromptTuning(tokens=N), {}),
+    "p-tuning opt": (tiny_opt, lm, PTuning(tokens=N), {}),
+    "prefix opt": (tiny_opt, lm, PrefixTuning(tokens=N), {}),
     "prefix bart": (tiny_bart, pair, PrefixTuning(tokens=N), {}),
     "prefix t5": (tiny_t5, pair, PrefixTuning(tokens=N), {"token_dim": 22}),  # PEFT takes 26 / 2 for a head's 11
 }  # fmt: skip
