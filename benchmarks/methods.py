@@ -122,7 +122,7 @@ def decoder(models: Path, data: Path) -> Task:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     return Task(
-        make, rows[:280], rows[280:320], rows[320:374], causal_loss, float.__lt__, causal_lm_loss, 40, 8
+        make, rows[:120], rows[280:300], rows[320:360], causal_loss, float.__lt__, causal_lm_loss, 30, 4
     )  # fmt: skip
 
 
