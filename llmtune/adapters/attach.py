@@ -12,10 +12,10 @@ from torch import nn
 
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_named_parameters, named_places
 from llmtune.adapters.quantized import allow_packing, keep_unpacked
-from llmtune.adapters.record import AdapterConfig
+from llmtune.adapters.record import BIN, CONFIG, WEIGHTS, AdapterConfig, check_adapter_name
 from llmtune.adapters.report import AttachReport
 from llmtune.errors import did_you_mean
-from llmtune.modules import unwrap
+from llmtune.modules import check_module, unwrap
 
 ATTRIBUTE = "_llmtune_adapters"
 
@@ -51,7 +51,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
     Args:
         model: any module; it is changed in place.
         config: what to adapt and how: a `LoRA`, or the record of another method.
-        name: the adapter's name: letters, digits, "_", "-" and ".".
+        name: the adapter's name: letters, digits, "_", "-" and ".", at most 200 of them.
 
     Returns:
         What was adapted, to print.
@@ -152,6 +152,8 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
         ValueError: there is no adapter of that name, or one whose change is merged would have to be left out.
     """
     model = unwrap(model)
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names must be an adapter's name or a list of names, () for none; got {names!r}")
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         record_of(model, name)
@@ -240,6 +242,7 @@ def record_of(model: nn.Module, name: str) -> Record:
     Raises:
         ValueError: there is no such adapter; names the nearest.
     """
+    check_adapter_name(name)
     record = _record(unwrap(model))
     if record is None or name not in record.configs:
         there = ", ".join(f'"{other}"' for other in record.configs) if record else "none"
@@ -249,6 +252,7 @@ def record_of(model: nn.Module, name: str) -> Record:
 
 
 def _record(model: nn.Module) -> Record | None:
+    check_module(model)
     return getattr(model, ATTRIBUTE, None)
 
 
@@ -280,6 +284,11 @@ def _check_name(model: nn.Module, name: str, record: Record | None) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or ".." in name:
         raise ValueError(
             f'the adapter name must be made of letters, digits, "_", "-" and ".", without ".."; got {name!r}'
+        )
+    if len(name) > 200 or name.lower() in (CONFIG, WEIGHTS, BIN):  # it is the name of a folder beside these files
+        raise ValueError(
+            f"the adapter name must have at most 200 characters and be none of the file names {CONFIG}, {WEIGHTS} and "
+            f"{BIN}, since it names a folder when it is saved; got {name!r}"
         )
     if record is not None and name in record.configs:
         raise ValueError(f'the model already has an adapter "{name}": detach it first, or choose another name')

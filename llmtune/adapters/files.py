@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,14 +21,23 @@ from torch import Tensor, nn
 from llmtune.adapters.attach import adapter_names, attach, detach, record_of
 from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, named_places
 from llmtune.adapters.parameters import LoRAParameter
-from llmtune.adapters.record import METHODS, OWN_TYPE, PEFT_TYPES, AdapterConfig
+from llmtune.adapters.record import (
+    BIN,
+    CONFIG,
+    METHODS,
+    OWN_TYPE,
+    PEFT_TYPES,
+    WEIGHTS,
+    AdapterConfig,
+    check_adapter_name,
+    check_flag,
+    check_mapping,
+)
 from llmtune.adapters.report import LoadReport
 from llmtune.adapters.token_rows import TokenRows
 from llmtune.adapters.trained_copy import TrainedBias
 from llmtune.errors import did_you_mean
-from llmtune.modules import unwrap
-
-CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+from llmtune.modules import check_module, unwrap
 
 
 def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
@@ -97,13 +107,19 @@ def load(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the configuration asks for something that is not offered here, or scales otherwise than the adapter
-            of that name that is attached; that adapter is merged; no target is in the model; the folder holds several
-            adapters and none of that name; (strict) the tensors do not fit. The model is then as it was.
+        TypeError: an argument has a wrong type.
+        ValueError: a file is damaged, or an entry in it has a wrong type; the configuration asks for something that is
+            not offered here, or scales otherwise than the adapter of that name that is attached; that adapter is
+            merged; no target is in the model; the folder holds several adapters and none of that name; (strict) the
+            tensors do not fit. The model is then as it was.
     """
+    check_module(model)
+    check_adapter_name(name)
+    check_flag("strict", strict)
+    check_flag("allow_bin", allow_bin)
     model = unwrap(model)
     folder = _folder_of(Path(folder), name)
-    tensors = _renamed(_read_tensors(folder, allow_bin=allow_bin), rename or {}, source=folder)
+    tensors = _renamed(_read_tensors(folder, allow_bin=allow_bin), {} if rename is None else rename, source=folder)
     fresh = name not in adapter_names(model)
     entries = _read_entries(folder / CONFIG)
     try:
@@ -130,6 +146,7 @@ def load(
 
 
 def _read_tensors(folder: Path, *, allow_bin: bool) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     pickled = folder / BIN
@@ -138,21 +155,37 @@ def _read_tensors(folder: Path, *, allow_bin: bool) -> dict[str, Tensor]:
             continue
         hint = f" There is a {BIN}, a pickle: allow_bin=True reads its tensors." if pickled.is_file() else ""
         raise FileNotFoundError(f"{folder} holds no {file}: give the folder that an adapter was saved into.{hint}")
-    if (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS)
-    tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else pickled
+    try:
+        tensors = load_file(path) if path != pickled else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no file of tensors: copy or save it once more; the reader says: {error}"
+        ) from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{pickled} holds no dictionary of tensors: it is not an adapter's file")
+    narrow = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize < 2]
+    if narrow:
+        raise ValueError(
+            f"{narrow[0]} in {path} is {tensors[narrow[0]].dtype}, in which nothing is trained: convert the file's "
+            "tensors to a dtype of 16 bits or more"
+        )
     return tensors
 
 
 def _renamed(tensors: dict[str, Tensor], rename: Mapping[str, str], *, source: Path) -> dict[str, Tensor]:
+    check_mapping("rename", rename)
     for pattern, replacement in rename.items():
+        if not isinstance(replacement, str):
+            raise TypeError(f"rename: what stands for {pattern!r} must be a string; got {replacement!r}")
+        try:
+            renamed = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
+        except (re.error, IndexError) as error:
+            raise ValueError(f"rename: {pattern!r} to {replacement!r} cannot be put through re.sub: {error}") from error
         if not any(re.search(pattern, key) for key in tensors):
             raise ValueError(
                 f"rename: {pattern!r} matches no tensor in {source}, where one is {next(iter(tensors), None)}"
             )
-        renamed = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
         if len(renamed) < len(tensors):
             raise ValueError(f"rename: {pattern!r} gives several tensors of {source} the same name")
         tensors = renamed
