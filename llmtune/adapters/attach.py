@@ -75,7 +75,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
         raise TypeError(f"attach needs a record such as LoRA(rank=8, alpha=16); got {config!r}")
     model = unwrap(model)
     record = _record(model)
-    _check_name(model, name, record)
+    check_new_name(model, name)
     plan = config.plan(model, name)
     before = dict(named_places(model))
     after = dict(before)
@@ -280,7 +280,9 @@ def _keep_off_fast_path(module: nn.Module, inputs: Any) -> None:
     """Do nothing: torch's encoder layer takes its layers' bare weights without calling them, unless one has a hook."""
 
 
-def _check_name(model: nn.Module, name: str, record: Record | None) -> None:
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise ValueError where a new adapter cannot have this name."""
+    record = _record(model)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or ".." in name:
         raise ValueError(
             f'the adapter name must be made of letters, digits, "_", "-" and ".", without ".."; got {name!r}'

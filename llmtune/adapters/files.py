@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.attach import adapter_names, attach, detach, record_of
+from llmtune.adapters.attach import adapter_names, attach, check_new_name, detach, record_of
 from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, named_places
 from llmtune.adapters.parameters import LoRAParameter
 from llmtune.adapters.record import (
-    BIN,
     CONFIG,
     METHODS,
     OWN_TYPE,
@@ -31,9 +28,9 @@ from llmtune.adapters.record import (
     AdapterConfig,
     check_adapter_name,
     check_flag,
-    check_mapping,
 )
 from llmtune.adapters.report import LoadReport
+from llmtune.adapters.tensor_file import read_tensors, renamed
 from llmtune.adapters.token_rows import TokenRows
 from llmtune.adapters.trained_copy import TrainedBias
 from llmtune.errors import did_you_mean
@@ -119,21 +116,23 @@ def load(
     check_flag("allow_bin", allow_bin)
     model = unwrap(model)
     folder = _folder_of(Path(folder), name)
-    tensors = _renamed(_read_tensors(folder, allow_bin=allow_bin), {} if rename is None else rename, source=folder)
+    tensors = renamed(read_tensors(folder, allow_bin=allow_bin), {} if rename is None else rename, source=folder)
     fresh = name not in adapter_names(model)
+    if fresh:
+        check_new_name(model, name)
     entries = _read_entries(folder / CONFIG)
     try:
         config, unmatched = _method(entries).from_file(entries, model, tensors)
+        if fresh:
+            devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+            with torch.random.fork_rng(devices=list(devices)):  # what attaching draws is overwritten
+                attach(model, config, name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     tensors = {key: tensor for key, tensor in tensors.items() if not config.says_nothing(key, tensor)}
-    if fresh:
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):  # what attaching draws is overwritten
-            attach(model, config, name)
-    elif name in record_of(model, name).merged:
-        raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before loading into it')
-    else:
+    if not fresh:
+        if name in record_of(model, name).merged:
+            raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before loading into it')
         config.check_attached(model, name, record_of(model, name).configs[name], source=folder)
     try:
         spare = config.spare_tensors(model, name)
@@ -143,53 +142,6 @@ def load(
             detach(model, name)
         raise
     return replace(report, unmatched=unmatched)
-
-
-def _read_tensors(folder: Path, *, allow_bin: bool) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    pickled = folder / BIN
-    for file in (CONFIG, WEIGHTS):
-        if (folder / file).is_file() or (file == WEIGHTS and allow_bin and pickled.is_file()):
-            continue
-        hint = f" There is a {BIN}, a pickle: allow_bin=True reads its tensors." if pickled.is_file() else ""
-        raise FileNotFoundError(f"{folder} holds no {file}: give the folder that an adapter was saved into.{hint}")
-    path = folder / WEIGHTS if (folder / WEIGHTS).is_file() else pickled
-    try:
-        tensors = load_file(path) if path != pickled else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} is damaged, or no file of tensors: copy or save it once more; the reader says: {error}"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{pickled} holds no dictionary of tensors: it is not an adapter's file")
-    narrow = [key for key, tensor in tensors.items() if tensor.is_floating_point() and tensor.itemsize < 2]
-    if narrow:
-        raise ValueError(
-            f"{narrow[0]} in {path} is {tensors[narrow[0]].dtype}, in which nothing is trained: convert the file's "
-            "tensors to a dtype of 16 bits or more"
-        )
-    return tensors
-
-
-def _renamed(tensors: dict[str, Tensor], rename: Mapping[str, str], *, source: Path) -> dict[str, Tensor]:
-    check_mapping("rename", rename)
-    for pattern, replacement in rename.items():
-        if not isinstance(replacement, str):
-            raise TypeError(f"rename: what stands for {pattern!r} must be a string; got {replacement!r}")
-        try:
-            renamed = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
-        except (re.error, IndexError) as error:
-            raise ValueError(f"rename: {pattern!r} to {replacement!r} cannot be put through re.sub: {error}") from error
-        if not any(re.search(pattern, key) for key in tensors):
-            raise ValueError(
-                f"rename: {pattern!r} matches no tensor in {source}, where one is {next(iter(tensors), None)}"
-            )
-        if len(renamed) < len(tensors):
-            raise ValueError(f"rename: {pattern!r} gives several tensors of {source} the same name")
-        tensors = renamed
-    return tensors
 
 
 def _folder_of(folder: Path, name: str) -> Path:
