@@ -150,6 +150,7 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
 
     Raises:
         ValueError: there is no adapter of that name, or one whose change is merged would have to be left out.
+        TypeError: `names` is no name and no list of names.
     """
     model = unwrap(model)
     if not isinstance(names, Iterable):
