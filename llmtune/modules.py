@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+
+
+def check_module(model: Any) -> None:
+    """Raise TypeError where `model` is no torch module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model, that is a torch module, is expected; got {model!r}")
 
 
 def unwrap(model: nn.Module) -> nn.Module:

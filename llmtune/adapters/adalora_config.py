@@ -22,6 +22,7 @@ from llmtune.adapters.record import (
     AdapterConfig,
     Targets,
     check_dtype,
+    check_mapping,
     check_names,
     check_positive,
     check_probability,
@@ -93,6 +94,7 @@ class AdaLoRA(AdapterConfig):
     peft_type: ClassVar[str] = "ADALORA"
 
     def __post_init__(self) -> None:
+        check_mapping("kept_ranks", self.kept_ranks)
         object.__setattr__(self, "kept_ranks", dict(self.kept_ranks))
         check_positive("alpha", self.alpha)
         for name in ("total_steps", "initial_rank", "target_rank", "interval"):
@@ -104,7 +106,7 @@ class AdaLoRA(AdapterConfig):
         for name in ("beta1", "beta2"):
             check_positive(name, getattr(self, name))
             check_probability(name, getattr(self, name))
-        if self.orthogonality != 0:
+        if not isinstance(self.orthogonality, int | float) or self.orthogonality != 0:
             check_positive("orthogonality", self.orthogonality)
         if self.target_rank > self.initial_rank:
             raise ValueError(f"target_rank {self.target_rank} is larger than initial_rank {self.initial_rank}")
@@ -158,7 +160,12 @@ class AdaLoRA(AdapterConfig):
         alike, unmatched = read_lora(LoRA, rest, model, tensors)
         if alike.train_bias != "none":
             raise ValueError(f'bias="{alike.train_bias}" asks for something that is not offered with AdaLoRA')
-        kept = {name.partition(".lora_E")[0]: sum(mask) for name, mask in (entries.get("rank_pattern") or {}).items()}
+        masks = {} if entries.get("rank_pattern") is None else entries["rank_pattern"]
+        check_mapping("rank_pattern", masks)
+        for place, mask in masks.items():
+            if not isinstance(mask, list) or not all(isinstance(kept, bool) for kept in mask):
+                raise ValueError(f"rank_pattern[{place!r}] must be a list of true and false; got {mask!r}")
+        kept = {place.partition(".lora_E")[0]: sum(mask) for place, mask in masks.items()}
         targets, exclude = alike.targets, alike.exclude
         if 0 in kept.values():
             targets, exclude = tuple(place for place, rank in kept.items() if rank), ()

@@ -12,10 +12,10 @@ from torch import nn
 
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_named_parameters, named_places
 from llmtune.adapters.quantized import allow_packing, keep_unpacked
-from llmtune.adapters.record import AdapterConfig
+from llmtune.adapters.record import BIN, CONFIG, WEIGHTS, AdapterConfig, check_adapter_name
 from llmtune.adapters.report import AttachReport
 from llmtune.errors import did_you_mean
-from llmtune.modules import unwrap
+from llmtune.modules import check_module, unwrap
 
 ATTRIBUTE = "_llmtune_adapters"
 
@@ -26,8 +26,7 @@ class Record:
 
     Attributes:
         configs: the attached adapters, oldest first.
-        flags: for each adapter, what required a gradient when it came, by bare name (an earlier adapter's parameters
-            by place, adapter and local name).
+        flags: for each adapter, what required a gradient when it came, by the names of `_flagged`.
         merged: the adapters that stand in the base's weights, in the order in which they were merged.
         kept: for each of these, what `unmerge` puts back.
         over: for each adapter, those that were merged when it came.
@@ -47,22 +46,20 @@ class Record:
 def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> AttachReport:
     """Put an adapter onto a model and freeze everything else, earlier adapters included.
 
-    The model's output is the same to the bit until the adapter is trained; a prompt or prefix, which has no such start,
-    changes it at once. Earlier adapters stay active.
+    The model's output is the same to the bit until training; prompts and prefixes, which have no such start, change it
+    at once. Earlier adapters stay active.
 
     Args:
         model: any module; it is changed in place.
         config: what to adapt and how: a `LoRA`, or the record of another method.
-        name: the adapter's name: letters, digits, "_", "-" and ".".
+        name: the adapter's name: letters, digits, "_", "-" and ".", at most 200 of them.
 
     Returns:
         What was adapted, to print.
 
     Raises:
-        ValueError: the name is taken or not allowed; a pattern matches nothing; a rank is larger than its layer; the
-            root itself is a target. The model is then as it was.
-        TypeError: `config` is no record; a target is of a kind that cannot be adapted; or the model is inside
-            DistributedDataParallel already, which would not see the new parameters.
+        ValueError: the name is taken or not allowed, or the record does not fit the model, which is then as it was.
+        TypeError: `config` is no record, a target cannot be adapted, or the model is wrapped for data parallelism.
 
     Example:
         >>> from llmtune.adapters import LoRA, attach
@@ -77,7 +74,7 @@ def attach(model: nn.Module, config: AdapterConfig, name: str = "default") -> At
         raise TypeError(f"attach needs a record such as LoRA(rank=8, alpha=16); got {config!r}")
     model = unwrap(model)
     record = _record(model)
-    _check_name(model, name, record)
+    check_new_name(model, name)
     plan = config.plan(model, name)
     before = dict(named_places(model))
     after = dict(before)
@@ -153,8 +150,11 @@ def set_active(model: nn.Module, names: str | Iterable[str]) -> None:
 
     Raises:
         ValueError: there is no adapter of that name, or one whose change is merged would have to be left out.
+        TypeError: `names` is no name and no list of names.
     """
     model = unwrap(model)
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names must be an adapter's name or a list of names, () for none; got {names!r}")
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         record_of(model, name)
@@ -243,6 +243,7 @@ def record_of(model: nn.Module, name: str) -> Record:
     Raises:
         ValueError: there is no such adapter; names the nearest.
     """
+    check_adapter_name(name)
     record = _record(unwrap(model))
     if record is None or name not in record.configs:
         there = ", ".join(f'"{other}"' for other in record.configs) if record else "none"
@@ -252,6 +253,7 @@ def record_of(model: nn.Module, name: str) -> Record:
 
 
 def _record(model: nn.Module) -> Record | None:
+    check_module(model)
     return getattr(model, ATTRIBUTE, None)
 
 
@@ -279,10 +281,17 @@ def _keep_off_fast_path(module: nn.Module, inputs: Any) -> None:
     """Do nothing: torch's encoder layer takes its layers' bare weights without calling them, unless one has a hook."""
 
 
-def _check_name(model: nn.Module, name: str, record: Record | None) -> None:
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise ValueError where a new adapter cannot have this name."""
+    record = _record(model)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or ".." in name:
         raise ValueError(
             f'the adapter name must be made of letters, digits, "_", "-" and ".", without ".."; got {name!r}'
+        )
+    if len(name) > 200 or name.lower() in (CONFIG, WEIGHTS, BIN):  # it is the name of a folder beside these files
+        raise ValueError(
+            f"the adapter name must have at most 200 characters and be none of the file names {CONFIG}, {WEIGHTS} and "
+            f"{BIN}, since it names a folder when it is saved; got {name!r}"
         )
     if record is not None and name in record.configs:
         raise ValueError(f'the model already has an adapter "{name}": detach it first, or choose another name')

@@ -69,7 +69,7 @@ def bottleneck_change(
 
 def check_activation(value: Any) -> None:
     """Raise ValueError where `value` is none of the activations by name."""
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(
             f"activation must be one of {', '.join(ACTIVATIONS)}; got {value!r}.{did_you_mean(str(value), ACTIVATIONS)}"
         )

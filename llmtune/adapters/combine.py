@@ -6,7 +6,6 @@ adapters that never saw each other. So what is summed, trimmed or dropped here i
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,13 +20,13 @@ from llmtune.adapters.combined_change import DENSE, EXACT, METHODS, change_of_bi
 from llmtune.adapters.config import LoRA
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, named_places
 from llmtune.adapters.lora import LowRankLayer
-from llmtune.adapters.record import Targets
+from llmtune.adapters.record import Targets, check_adapter_name
 from llmtune.adapters.report import CombineReport
 from llmtune.adapters.targets import ends_in
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy, adds_bias_last
 from llmtune.errors import did_you_mean
 from llmtune.modules import unwrap
-from llmtune.weights.deltas import check_density
+from llmtune.weights.deltas import check_density, check_generator, finite_numbers
 from llmtune.weights.low_rank import LowRank, check_rank
 
 
@@ -93,7 +92,7 @@ def combine(
             would not look at it; "cat" or "linear" is asked for a change of full rank (DoRA's); an adapter trains
             copies of whole modules, of which there can be one only; a tensor is not finite. The model is then as it
             was.
-        TypeError: an adapter changes what LoRA does not go to; or as `attach`.
+        TypeError: an adapter changes what LoRA does not go to; an argument has a wrong type; or as `attach`.
 
     Example:
         >>> from llmtune.adapters import LoRA, attach, combine
@@ -106,7 +105,11 @@ def combine(
         2 modules, rank 8, exact; off until set_active(model, "both")
     """
     wrapped, model = model, unwrap(model)
+    if not isinstance(names, Sequence):
+        raise TypeError(f"names must be a list of adapters' names; got {names!r}")
     names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        check_adapter_name(name)
     factors = dict(zip(names, _checked_weights(names, weights), strict=True))
     _check_names(model, names, new_name)
     _check_method(method, rank, density, generator)
@@ -126,11 +129,9 @@ def combine(
 
 
 def _checked_weights(names: list[str], weights: Sequence[float]) -> list[float]:
-    found = [float(weight) for weight in weights]
+    found = finite_numbers(weights)
     if not names or len(found) != len(names):
         raise ValueError(f"expected adapters and a weight for each; got {len(names)} names and {len(found)} weights")
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"weights must be finite numbers; got {found}")
     return found
 
 
@@ -162,8 +163,7 @@ def _check_method(method: str, rank: int | None, density: float | None, generato
         check_density(density)
     elif method in DENSE:
         raise ValueError(f'"{method}" needs density, the share of entries to keep, above 0 and at most 1')
-    if generator is not None and method != "dare":
-        raise ValueError(f'"{method}" draws nothing: a generator is for "dare"')
+    check_generator(generator, method)
 
 
 def _gathered(model: nn.Module, factors: Mapping[str, float]) -> dict[str, list[tuple[float, AdapterLayer]]]:

@@ -20,6 +20,8 @@ from llmtune.adapters.record import (
     AdapterConfig,
     Targets,
     check_dtype,
+    check_flag,
+    check_mapping,
     check_names,
     check_positive,
     check_probability,
@@ -85,7 +87,10 @@ class LoRA(AdapterConfig):
     decomposes: ClassVar[bool] = False  # whether rows get lengths of their own: DoRA
 
     def __post_init__(self) -> None:
+        for name in ("rslora", "lora_bias", "any_rank"):
+            check_flag(name, getattr(self, name))
         for name in ("rank_pattern", "alpha_pattern"):
+            check_mapping(name, getattr(self, name))
             object.__setattr__(self, name, dict(getattr(self, name)))  # what the caller does to theirs changes nothing
         for name, rank in (("rank", self.rank), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())):
             check_whole(name, rank)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.attach import adapter_names, attach, detach, record_of
+from llmtune.adapters.attach import adapter_names, attach, check_new_name, detach, record_of
 from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module, named_places
 from llmtune.adapters.parameters import LoRAParameter
-from llmtune.adapters.record import METHODS, OWN_TYPE, PEFT_TYPES, AdapterConfig
+from llmtune.adapters.record import (
+    CONFIG,
+    METHODS,
+    OWN_TYPE,
+    PEFT_TYPES,
+    UNFINISHED,
+    WEIGHTS,
+    AdapterConfig,
+    check_adapter_name,
+    check_flag,
+)
 from llmtune.adapters.report import LoadReport
+from llmtune.adapters.tensor_file import read_tensors, renamed
 from llmtune.adapters.token_rows import TokenRows
 from llmtune.adapters.trained_copy import TrainedBias
 from llmtune.errors import did_you_mean
-from llmtune.modules import unwrap
-
-CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-UNFINISHED = ".adapter_unfinished"  # there while the two files are being exchanged
+from llmtune.modules import check_module, unwrap
 
 
 def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
@@ -101,27 +108,35 @@ def load(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the configuration asks for something that is not offered here, or scales otherwise than the adapter
-            of that name that is attached; that adapter is merged; no target is in the model; the folder holds several
-            adapters and none of that name; (strict) the tensors do not fit. The model is then as it was.
+        TypeError: an argument has a wrong type.
+        ValueError: a file is damaged, or an entry in it has a wrong type; the configuration asks for something that is
+            not offered here, or scales otherwise than the adapter of that name that is attached; that adapter is
+            merged; no target is in the model; the folder holds several adapters and none of that name; (strict) the
+            tensors do not fit. The model is then as it was.
     """
+    check_module(model)
+    check_adapter_name(name)
+    check_flag("strict", strict)
+    check_flag("allow_bin", allow_bin)
     model = unwrap(model)
     folder = _folder_of(Path(folder), name)
-    tensors = _renamed(_read_tensors(folder, allow_bin=allow_bin), rename or {}, source=folder)
+    tensors = renamed(read_tensors(folder, allow_bin=allow_bin), {} if rename is None else rename, source=folder)
     fresh = name not in adapter_names(model)
+    if fresh:
+        check_new_name(model, name)
     entries = _read_entries(folder / CONFIG)
     try:
         config, unmatched = _method(entries).from_file(entries, model, tensors)
+        if fresh:
+            devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+            with torch.random.fork_rng(devices=list(devices)):  # what attaching draws is overwritten
+                attach(model, config, name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     tensors = {key: tensor for key, tensor in tensors.items() if not config.says_nothing(key, tensor)}
-    if fresh:
-        devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):  # what attaching draws is overwritten
-            attach(model, config, name)
-    elif name in record_of(model, name).merged:
-        raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before loading into it')
-    else:
+    if not fresh:
+        if name in record_of(model, name).merged:
+            raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before loading into it')
         config.check_attached(model, name, record_of(model, name).configs[name], source=folder)
     try:
         spare = config.spare_tensors(model, name)
@@ -131,41 +146,6 @@ def load(
             detach(model, name)
         raise
     return replace(report, unmatched=unmatched)
-
-
-def _read_tensors(folder: Path, *, allow_bin: bool) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    pickled = folder / BIN
-    if (folder / UNFINISHED).exists():
-        raise ValueError(
-            f"saving into {folder} was cut off between its two files, which may not belong together: save it again, or "
-            f"delete {UNFINISHED} there if you know that they do"
-        )
-    for file in (CONFIG, WEIGHTS):
-        if (folder / file).is_file() or (file == WEIGHTS and allow_bin and pickled.is_file()):
-            continue
-        hint = f" There is a {BIN}, a pickle: allow_bin=True reads its tensors." if pickled.is_file() else ""
-        raise FileNotFoundError(f"{folder} holds no {file}: give the folder that an adapter was saved into.{hint}")
-    if (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS)
-    tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{pickled} holds no dictionary of tensors: it is not an adapter's file")
-    return tensors
-
-
-def _renamed(tensors: dict[str, Tensor], rename: Mapping[str, str], *, source: Path) -> dict[str, Tensor]:
-    for pattern, replacement in rename.items():
-        if not any(re.search(pattern, key) for key in tensors):
-            raise ValueError(
-                f"rename: {pattern!r} matches no tensor in {source}, where one is {next(iter(tensors), None)}"
-            )
-        renamed = {re.sub(pattern, replacement, key): tensor for key, tensor in tensors.items()}
-        if len(renamed) < len(tensors):
-            raise ValueError(f"rename: {pattern!r} gives several tensors of {source} the same name")
-        tensors = renamed
-    return tensors
 
 
 def _folder_of(folder: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ The algebra is that of Unsloth's and axolotl's kernels, in plain torch, with bia
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -64,7 +65,8 @@ def lora_linear(
 
     Raises:
         ValueError: the sizes do not fit each other, dropout_p or the seed is out of range, or one of magnitude and norm
-            is missing.
+            is missing; scaling is not finite.
+        TypeError: an argument is no tensor where there must be one.
 
     >>> import torch
     >>> from llmtune.adapters import lora_linear
@@ -121,7 +123,9 @@ def lora_added(
 def _prepared(x: Tensor, lora_a: Tensor, scaling: float | Tensor, p: float, seed: int | None) -> tuple[Tensor, Knobs]:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p must be a probability from 0 to below 1, got {p}")
-    if seed is not None and not 0 <= seed < 2**63:
+    if not isinstance(scaling, Tensor) and not math.isfinite(scaling):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
     work = lora_a.dtype
     cast = autocast_dtype(x.device)
@@ -270,6 +274,12 @@ def _check(
     m: Tensor | None,
     norm: Tensor | None,
 ) -> None:
+    for name, value in (("x", x), ("weight", weight), ("lora_a", a), ("lora_b", b)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+    for name, other in (("bias", bias), ("magnitude", m), ("norm", norm)):
+        if other is not None and not isinstance(other, Tensor):
+            raise TypeError(f"{name} must be a tensor or None; got {type(other).__name__}")
     out, size = weight.shape if weight.ndim == 2 else (None, None)
     fits = size is not None and x.ndim > 0 and x.shape[-1] == size and a.ndim == b.ndim == 2
     if not fits or a.shape[1] != size or b.shape[0] != out or a.shape[0] != b.shape[1]:

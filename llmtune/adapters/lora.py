@@ -16,6 +16,7 @@ from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_added, lora_linear
 from llmtune.adapters.initialise import INITIALISATIONS, drawn_start, known_start, reads_weight, weight_start
 from llmtune.adapters.layer import PREFIX, bare_module, plain_linear
+from llmtune.adapters.record import check_dtype, check_flag, check_positive, check_probability, check_whole
 from llmtune.adapters.scaled import ScaledLayer
 
 
@@ -41,10 +42,12 @@ class LowRankLayer(ScaledLayer):
         lora_bias: bool, initialise: str, dtype: torch.dtype, adapter_name: str,
     ) -> None:  # fmt: skip
         super().__init__(base, adapter_name=adapter_name)
-        if rank < 1:
-            raise ValueError(f"the rank must be at least 1; got {rank}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability from 0 to below 1; got {dropout!r}")
+        check_whole("the rank", rank)
+        check_positive("alpha", alpha)
+        check_probability("dropout", dropout)
+        check_flag("rslora", rslora)
+        check_flag("lora_bias", lora_bias)
+        check_dtype(dtype)
         if not known_start(initialise):
             raise ValueError(f"initialise must be one of {', '.join(INITIALISATIONS)}; got {initialise!r}")
         device = next((p.device for p in bare_module(base).parameters()), torch.device("cpu"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmtune.adapters.quantized import quantization_state, quantized_kind
 from llmtune.adapters.report import Shown
+from llmtune.modules import check_module
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def memory_summary(model: nn.Module) -> MemorySummary:
         AdamW's moments      5.2 KiB
         total               93.4 KiB
     """
+    check_module(model)
     seen: set[tuple[int, int]] = set()
     frozen: dict[str, int] = {}
     quantization = trained = 0

@@ -12,6 +12,7 @@ from llmtune.adapters.attach import adapter_layers, detach, record_of
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module, bare_named_parameters, named_places
 from llmtune.adapters.merge_quantized import check_plain, is_quantised, plain_dtype, put_plain
 from llmtune.adapters.quantized import dequantized_weight, forget_quantization, stored_bytes
+from llmtune.adapters.record import check_flag
 from llmtune.adapters.report import MergeReport
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 from llmtune.modules import unwrap
@@ -49,7 +50,12 @@ def merge(
         ValueError: there is no such adapter; it is merged already; a weight is tied, or quantised; the change is not
             finite or too large for the weight's dtype; a bias is trained where the base has none; the adapter is
             switched off. Nothing has been changed then.
+        TypeError: a flag is neither True nor False.
     """
+    check_flag("keep_base", keep_base)
+    check_flag("untie", untie)
+    if not isinstance(dequantize, torch.dtype):
+        check_flag("dequantize", dequantize)
     model = unwrap(model)
     record = record_of(model, name)
     if name in record.merged:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.layer import PREFIX, adapter_chain, bare_module
 from llmtune.adapters.lora import lora_scaling
+from llmtune.adapters.record import check_dtype, check_flag, check_positive, check_whole
 from llmtune.adapters.scaled import ScaledLayer
 
 
@@ -116,8 +117,10 @@ class LoRAParameter(ScaledLayer):
         check_parameter(base, parameter, f"{type(bare_module(base)).__name__}.{parameter}")
         super().__init__(base, adapter_name=adapter_name)
         E, rows, columns = sizes_of(base, parameter)
-        if rank < 1:
-            raise ValueError(f"the rank must be at least 1; got {rank}")
+        check_whole("the rank", rank)
+        check_positive("alpha", alpha)
+        check_flag("rslora", rslora)
+        check_dtype(dtype)
         if initialise not in ("kaiming", "gaussian"):
             raise ValueError(f'initialise must be "kaiming" or "gaussian"; got {initialise!r}')
         self.parameter, self.outside = parameter, outside

@@ -18,6 +18,7 @@ from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
 from llmtune.adapters.parameter_plan import named_locals
 from llmtune.adapters.parameters import LoRAParameter
 from llmtune.adapters.peft_tokens import read_train_tokens, written_tokens
+from llmtune.adapters.peft_types import check_types
 from llmtune.adapters.plan import Targeted
 from llmtune.adapters.record import Targets
 from llmtune.adapters.targets import ALL_LINEAR, ends_in, fits, inside, is_conv1d, linear_places
@@ -50,7 +51,7 @@ OWN = {
     "use_rslora",
 }  # fmt: skip
 # How PEFT drew the start, without touching the base: of no consequence once the tensors are read.
-STARTS = (True, False, "gaussian", "orthogonal", "eva")
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -168,8 +169,8 @@ def read_lora(
         targets=as_targets(read.get("target_modules") or ()),
         exclude=as_targets(read.get("exclude_modules") or ()),
         dropout=read.get("lora_dropout", 0.0),
-        rslora=read.get("use_rslora", False),
-        lora_bias=read.get("lora_bias", False),
+        rslora=bool(read.get("use_rslora")),
+        lora_bias=bool(read.get("lora_bias")),
         initialise="gaussian" if start == "gaussian" else "kaiming",
         any_rank=True,
         train_bias=read.get("bias", "none"),
@@ -186,7 +187,7 @@ def read_lora(
 
 
 def check_entries(read: Mapping[str, Any], own: Collection[str], plain: Mapping[str, Any]) -> None:
-    """Raise where PEFT's entries ask for what a record cannot say.
+    """Raise where PEFT's entries have a wrong type or ask for what a record cannot say.
 
     Args:
         read: the entries of a file.
@@ -194,8 +195,9 @@ def check_entries(read: Mapping[str, Any], own: Collection[str], plain: Mapping[
         plain: other keys, each with the one value that asks for nothing.
 
     Raises:
-        ValueError: any other key or value that is set; names it.
+        ValueError: any other key or value that is set, or a value of a wrong type; names it.
     """
+    check_types(read)
     for key, value in read.items():
         unset = value is None or value is False or (isinstance(value, dict | list) and not value)
         if key not in ASIDE and key not in own and not unset and (key not in plain or value != plain[key]):

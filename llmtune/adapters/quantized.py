@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.layer import AdapterLayer, bare_module, named_places
-from llmtune.adapters.record import Targets
+from llmtune.adapters.record import Targets, check_expressions
 from llmtune.adapters.targets import is_conv1d, linear_places, matching
+from llmtune.modules import check_module
 
 KINDS = ("nf4", "int8")
 _PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' flag for packing weights anew in eval mode
@@ -57,6 +58,8 @@ def quantize(model: nn.Module, kind: str = "nf4", *, exclude: Targets = ()) -> t
         14
         >>> report = attach(model, LoRA(rank=4, alpha=8))
     """
+    check_module(model)
+    check_expressions("exclude", exclude)
     if kind not in KINDS:
         raise ValueError(f'kind must be "nf4" or "int8"; got {kind!r}')
     places = dict(named_places(model))

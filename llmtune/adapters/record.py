@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Set as AbstractSet
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 Targets = str | Sequence[str]
 METHODS: dict[str, type[AdapterConfig]] = {}  # every record by its class's name, the latest of that name
 PEFT_TYPES: dict[str, type[AdapterConfig]] = {}  # those that PEFT has, by its name for them
+CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"  # an adapter's files
+UNFINISHED = ".adapter_unfinished"  # there while the first two are being exchanged
 OWN_TYPE = "LLMTUNE"  # what stands for "peft_type" in the files of methods that PEFT does not have
 
 
@@ -69,11 +72,16 @@ class AdapterConfig:
         Raises:
             ValueError: the entries ask for something that is not offered.
         """
-        settings = dict(entries.get("settings") or {})
+        settings = entries.get("settings", {})
+        check_mapping("settings", settings)
         known = {field.name for field in fields(cls)}
         unknown = [key for key in settings if key not in known]
         if unknown:
             raise ValueError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        missing = [key for key in required if key not in settings]
+        if missing:
+            raise ValueError(f"{cls.__name__} needs the setting {missing[0]!r}, which is not there")
         values = {key: _from_json(value) for key, value in settings.items()}
         kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         if isinstance(values.get("dtype"), torch.dtype) and len(kinds) == 1:
@@ -139,24 +147,51 @@ def check_names(
     """Check what names modules in a record: suffixes or one regular expression; the last two suffixes alone.
 
     Raises:
-        TypeError: train_modules or target_parameters is a string.
+        TypeError: train_modules or target_parameters is no list of strings.
         ValueError: an expression is none, or nothing is named at all.
     """
-    for name, suffixes in (("train_modules", train_modules), ("target_parameters", target_parameters)):
-        if isinstance(suffixes, str):
-            raise TypeError(f"{name} must be a list of suffixes; got the string {suffixes!r}")
+    check_suffixes("train_modules", train_modules)
+    check_suffixes("target_parameters", target_parameters)
     check_expressions("targets", targets)
     check_expressions("exclude", exclude)
     if not targets and not train_modules and not target_parameters:
         raise ValueError('targets names no module: give suffixes, a regular expression, or "all-linear"')
 
 
+def check_suffixes(name: str, value: Any) -> None:
+    """Raise TypeError where `value` is no list of strings."""
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be a list of suffixes; got the string {value!r}")
+    if not _are_strings(value):
+        raise TypeError(f"{name} must be a list of suffixes, strings all, or () for none; got {value!r}")
+
+
 def check_expressions(name: str, value: Any) -> None:
     """Raise ValueError where `value` is neither suffixes nor one regular expression."""
+    if not isinstance(value, str) and not _are_strings(value):
+        raise ValueError(f"{name} must be suffixes or one regular expression; got {value!r}")
     try:
-        re.compile(value) if isinstance(value, str) else [re.compile(part) for part in value]
-    except (TypeError, re.error) as error:
+        [re.compile(part) for part in ([value] if isinstance(value, str) else value)]
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{name} must be suffixes or one regular expression; got {value!r}: {error}") from error
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raise TypeError where `value` is no dict with strings for keys."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a dict with strings for keys, empty for none; got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError where `value` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def check_adapter_name(value: Any) -> None:
+    """Raise TypeError where `value` is no string."""
+    if not isinstance(value, str):
+        raise TypeError(f'an adapter is meant by its name, a string such as "default"; got {value!r}')
 
 
 def check_whole(name: str, value: Any) -> None:
@@ -181,6 +216,12 @@ def check_dtype(value: Any) -> None:
     """Raise TypeError where `value` is no floating torch dtype."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise TypeError(f"dtype must be a floating torch dtype; got {value!r}")
+    if value.itemsize < 2:
+        raise TypeError(f"dtype must have 16 bits or more, since fewer cannot be trained; got {value!r}")
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, Sequence | AbstractSet) and all(isinstance(part, str) for part in value)
 
 
 def _as_json(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from llmtune.adapters.parameter_plan import counted
+from llmtune.modules import check_module
 
 if TYPE_CHECKING:
     from llmtune.adapters.plan import Plan
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 def trainable_summary(model: nn.Module) -> str:
     """Return "trainable params: X || all params: Y || trainable%: Z" of any module."""
+    check_module(model)
     parameters = list(model.parameters())
     trainable, total = sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
     share = 100 * trainable / total if total else 0.0

@@ -19,6 +19,7 @@ from llmtune.adapters.record import (
     AdapterConfig,
     Targets,
     check_dtype,
+    check_flag,
     check_names,
     check_probability,
     check_whole,
@@ -77,8 +78,7 @@ class VeRA(AdapterConfig):
             raise ValueError(f"d_initial must be a number other than 0; got {start!r}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1; got {self.seed!r}")
-        if not isinstance(self.save_projection, bool):
-            raise TypeError(f"save_projection must be True or False; got {self.save_projection!r}")
+        check_flag("save_projection", self.save_projection)
         if self.train_bias not in ("none", "vera_only", "all"):
             raise ValueError(f'train_bias must be "none", "vera_only" or "all"; got {self.train_bias!r}')
         check_dtype(self.dtype)
@@ -142,13 +142,14 @@ class VeRA(AdapterConfig):
             ValueError: the entries ask for an option that is not offered here.
         """
         check_entries(entries, OWN, PLAIN)
+        start = entries.get("d_initial", 0.1)
         config = cls(
             rank=entries.get("r", 256),
             targets=as_targets(entries.get("target_modules") or ()),
             dropout=entries.get("vera_dropout", 0.0),
-            d_initial=entries.get("d_initial", 0.1) or 0.1,  # the start is of no consequence any more
+            d_initial=0.1 if start == 0 else start,  # the start is of no consequence any more
             seed=entries.get("projection_prng_key", 0),
-            save_projection=entries.get("save_projection", True) or FILE_A in tensors,
+            save_projection=bool(entries.get("save_projection", True)) or FILE_A in tensors,
             train_bias=entries.get("bias", "none"),
             train_modules=tuple(entries.get("modules_to_save") or ()),
             dtype=next((tensor.dtype for key, tensor in tensors.items() if ".vera_lambda_" in key), torch.float32),

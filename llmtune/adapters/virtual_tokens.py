@@ -14,8 +14,7 @@ from llmtune.adapters.attach import adapter_layers
 from llmtune.adapters.layer import PREFIX, adapter_chain, named_places
 from llmtune.adapters.peft_config import check_entries
 from llmtune.adapters.plan import Plan, copied_places, finish
-from llmtune.adapters.record import AdapterConfig, check_dtype, check_names, check_whole
-from llmtune.adapters.targets import ALL_LINEAR
+from llmtune.adapters.record import AdapterConfig, check_dtype, check_suffixes, check_whole
 from llmtune.adapters.trained_copy import TrainedCopy
 
 KEY = "prompt_embeddings"  # PEFT's name of the only tensor in a file of virtual tokens, without a prefix
@@ -55,7 +54,7 @@ class VirtualTokens(AdapterConfig):
     def __post_init__(self) -> None:
         check_whole("tokens", self.tokens)
         check_dtype(self.dtype)
-        check_names(ALL_LINEAR, (), self.train_modules)
+        check_suffixes("train_modules", self.train_modules)
 
     def planned(self, model: nn.Module, name: str, adapted: Sequence[str]) -> Plan:
         """Return a plan with the places checked and the copies in it, but without the method's own builders."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from llmtune.modules import check_module
 from llmtune.optim.depth import steps_below_top
 
 BIAS = re.compile(r"(?:^|[._])bias(?![a-z])")
@@ -51,6 +53,7 @@ def parameter_groups(
         comes once, under its first name.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: a number is out of its range; nothing requires a gradient; there is a `layer_decay` and no name has
             a layer number; there is a `lora_plus_ratio` and no B is trained.
 
@@ -69,12 +72,13 @@ def parameter_groups(
         top.decay 0.001 0.1 1
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    _check("learning_rate", learning_rate, learning_rate > 0, "above 0")
-    _check("weight_decay", weight_decay, weight_decay >= 0, "of at least 0")
+    check_module(model)
+    _check("learning_rate", learning_rate, lambda rate: rate > 0, "above 0")
+    _check("weight_decay", weight_decay, lambda decay: decay >= 0, "of at least 0")
     if layer_decay is not None:
-        _check("layer_decay", layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1")
+        _check("layer_decay", layer_decay, lambda decay: 0 < decay <= 1, "above 0 and at most 1")
     if lora_plus_ratio is not None:
-        _check("lora_plus_ratio", lora_plus_ratio, lora_plus_ratio > 0, "above 0")
+        _check("lora_plus_ratio", lora_plus_ratio, lambda ratio: ratio > 0, "above 0")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: attach an adapter, or unfreeze what to train")
@@ -92,8 +96,8 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _check(name: str, value: float, fits: bool, wanted: str) -> None:
-    if isinstance(value, bool) or not fits or value == float("inf"):
+def _check(name: str, value: Any, fits: Callable[[float], bool], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value) or value == float("inf"):
         raise ValueError(f"{name} must be a number {wanted}; got {value!r}")
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +57,7 @@ def merge_deltas(
     Raises:
         ValueError: there are no deltas, their names or shapes differ, an entry is not finite, a number is out of its
             range, or density or a generator is given to a method that would not look at it.
-        TypeError: a tensor is not floating.
+        TypeError: a tensor is not floating, or an argument has a wrong type.
 
     Example:
         >>> one, other = {"w": torch.tensor([4.0, -1.0, 0.5])}, {"w": torch.tensor([2.0, 3.0, -0.5])}
@@ -64,7 +66,7 @@ def merge_deltas(
         >>> merge_deltas([one, other], method="ties", density=0.7)["w"]
         tensor([3., 3., 0.])
     """
-    deltas = list(deltas)
+    _check_deltas(deltas)
     factors = _checked_weights(weights, len(deltas), method)
     _check_method(method, density, generator)
     _check_alike(deltas)
@@ -114,6 +116,32 @@ def check_density(density: float) -> None:
         raise ValueError(f"density is the share of entries to keep, above 0 and at most 1; got {density!r}")
 
 
+def check_generator(generator: Any, method: str) -> None:
+    """Raise where `generator` is none of torch's (TypeError), or the method would not look at it (ValueError)."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None; got {generator!r}")
+    if method != "dare":
+        raise ValueError(f'"{method}" draws nothing: a generator is for "dare"')
+
+
+def finite_numbers(weights: Any) -> list[float]:
+    """Return weights as a list of floats.
+
+    Raises:
+        TypeError: they are no list of numbers.
+        ValueError: one is not finite.
+    """
+    given = weights.tolist() if hasattr(weights, "tolist") else weights  # of a tensor or an array
+    if not isinstance(given, Sequence) or not all(isinstance(weight, Real) for weight in given):
+        raise TypeError(f"weights must be a list of numbers; got {weights!r}")
+    found = [float(weight) for weight in given]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"weights must be finite numbers; got {found}")
+    return found
+
+
 def _merged(
     parts: list[Tensor], method: str, density: float, generator: torch.Generator | None, total: float
 ) -> Tensor:
@@ -143,11 +171,9 @@ def _dropped(part: Tensor, density: float, generator: torch.Generator | None) ->
 def _checked_weights(weights: Sequence[float] | None, count: int, method: str) -> list[float]:
     if count == 0:
         raise ValueError("there are no deltas to merge: give one dict of tensors a model")
-    found = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    found = [1.0] * count if weights is None else finite_numbers(weights)
     if len(found) != count:
         raise ValueError(f"expected a weight for each of the {count} deltas; got {len(found)}")
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"weights must be finite numbers; got {found}")
     if method == "average" and not abs(sum(found)) > 0:
         raise ValueError(f'weights must not sum to 0, by which "average" divides; got {found}: use method="task"')
     return found
@@ -160,8 +186,16 @@ def _check_method(method: str, density: float, generator: torch.Generator | None
     check_density(density)
     if density != 1 and method not in TRIMS:
         raise ValueError(f'"{method}" keeps every entry: density={density} is for "ties" and "dare"')
-    if generator is not None and method != "dare":
-        raise ValueError(f'"{method}" draws nothing: a generator is for "dare"')
+    check_generator(generator, method)
+
+
+def _check_deltas(deltas: Any) -> None:
+    if not isinstance(deltas, Sequence) or not all(isinstance(each, Mapping) for each in deltas):
+        raise TypeError(f"deltas must be a list with one dict of tensors for each model; got {deltas!r}")
+    for index, each in enumerate(deltas):
+        for name, tensor in each.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} in deltas[{index}] must be a tensor; got {tensor!r}")
 
 
 def _check_alike(deltas: Sequence[Mapping[str, Tensor]]) -> None:

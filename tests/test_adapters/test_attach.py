@@ -224,7 +224,7 @@ def test_a_copied_module_cannot_be_adapted_twice():
 def test_layers_by_themselves_refuse_what_they_cannot_do():
     with pytest.raises(TypeError, match=r"LoRALinear needs a module with in_features and out_features; got ReLU"):
         LoRALinear(nn.ReLU(), rank=2, alpha=3)
-    with pytest.raises(ValueError, match="the rank must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="the rank must be a whole number of at least 1; got 0"):
         LoRALinear(nn.Linear(5, 3), rank=0, alpha=3)
     with pytest.raises(TypeError, match=r"LoRAEmbedding needs an nn.Embedding .*; got Linear"):
         LoRAEmbedding(nn.Linear(5, 3), rank=2, alpha=3)

@@ -530,7 +530,7 @@ def test_a_layer_refuses_what_it_cannot_change():
     base = Mixing()
     for options, error, message in [
         ({"parameter": "matrx"}, TypeError, "Mixing.matrx is no parameter: the Mixing has matrix, stack of its own"),
-        ({"rank": 0}, ValueError, "the rank must be at least 1; got 0"),
+        ({"rank": 0}, ValueError, "the rank must be a whole number of at least 1; got 0"),
         ({"initialise": "zeros"}, ValueError, 'initialise must be "kaiming" or "gaussian"; got \'zeros\''),
     ]:
         with pytest.raises(error, match=message):
