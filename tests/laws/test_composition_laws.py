@@ -61,7 +61,7 @@ AXES = {
 
 # What cannot be, and says so: EWC is on weights, and virtual tokens stand before one text.
 REFUSED = {
-    **{(adapter, "penalty", "ewc"): "reaches no trainable parameter"
+    **{(adapter, "penalty", "ewc"): "reaches no parameter that is trained"
        for adapter in ("norms", "bottleneck", "reft", "prefix", "prompt")},
     **{(adapter, "batch", "packed"): "packed" for adapter in ("prefix", "prompt")},
 }  # fmt: skip
