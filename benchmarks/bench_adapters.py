@@ -89,8 +89,7 @@ def kept_bytes(model: nn.Module, hidden: Tensor) -> int:
 def held_bytes(out: Tensor, model: nn.Module) -> int:
     """Return the bytes of all storages that the graph behind `out` holds once the forward pass is over.
 
-    Less than `kept_bytes` where a part of the graph is dropped before the pass ends (the norm in PEFT's DoRA), or where
-    one operation keeps what another holds anyway, which it does not where hooks like those of `kept_bytes` are there.
+    Less than `kept_bytes` where a part of the graph is dropped before the pass ends, as the norm in PEFT's DoRA.
     """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}

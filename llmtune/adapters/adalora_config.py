@@ -10,12 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from llmtune.adapters.adalora import AdaLoRAConv1D, AdaLoRALinear
-from llmtune.adapters.around import linear_sizes
 from llmtune.adapters.config import LoRA
-from llmtune.adapters.layer import adapter_chain, bare_module, named_places
+from llmtune.adapters.layer import adapter_chain, named_places
 from llmtune.adapters.peft_config import config_of, read_lora
 from llmtune.adapters.plan import Build, Plan, plan_targets
 from llmtune.adapters.record import (
@@ -28,7 +26,7 @@ from llmtune.adapters.record import (
     check_probability,
     check_whole,
 )
-from llmtune.adapters.targets import is_conv1d
+from llmtune.adapters.targets import check_linear, is_conv1d, linear_sizes
 from llmtune.errors import did_you_mean
 
 PEFT_NAMES = {
@@ -123,7 +121,13 @@ class AdaLoRA(AdapterConfig):
 
     def plan(self, model: nn.Module, name: str) -> Plan:
         """Work out the layers; see `AdapterConfig.plan`."""
-        plan = plan_targets(model, self, name, adaptable=_adaptable, build=partial(self._build, name=name))
+        plan = plan_targets(
+            model,
+            self,
+            name,
+            adaptable=lambda module: linear_sizes(module) is not None,
+            build=partial(self._build, name=name),
+        )
         for place in self.kept_ranks:
             if place not in plan.adapted:
                 raise ValueError(
@@ -176,10 +180,10 @@ class AdaLoRA(AdapterConfig):
             dtype=alike.dtype, **own,
         ), unmatched  # fmt: skip
 
-    @classmethod
-    def says_nothing(cls, key: str, tensor: Tensor) -> bool:
-        """Return whether the tensor is one of a layer of rank 0; see `AdapterConfig.says_nothing`."""
-        return tensor.numel() == 0 and key.endswith((".lora_A", ".lora_B", ".lora_E"))
+    def of_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors without the empty ones that PEFT writes for rank 0; see `AdapterConfig.of_file`."""
+        ends = (".lora_A", ".lora_B", ".lora_E")
+        return {key: tensor for key, tensor in tensors.items() if tensor.numel() or not key.endswith(ends)}
 
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
         """Raise where the attached adapter scales otherwise; see `AdapterConfig.check_attached`."""
@@ -193,18 +197,9 @@ class AdaLoRA(AdapterConfig):
                 )
 
     def _build(self, place: str, module: nn.Module, *, name: str) -> Build:
-        bare = bare_module(module)
+        check_linear(place, module, "AdaLoRA")
         sizes = linear_sizes(module)
-        if sizes is None:
-            raise TypeError(
-                f"{place} is a {type(bare).__name__}: AdaLoRA goes to linear layers and Conv1D. Name it in "
-                "train_modules to train it whole, or narrow the targets"
-            )
-        if isinstance(bare, NonDynamicallyQuantizableLinear):
-            raise TypeError(
-                f"{place} belongs to nn.MultiheadAttention, which takes its weight without calling it, so an adapter "
-                "there would do nothing: exclude it"
-            )
+        assert sizes is not None
         rank = self.kept_ranks.get(place, self.initial_rank)
         if rank > self.initial_rank:
             raise ValueError(f"kept_ranks has {rank} for {place}, more than the initial_rank {self.initial_rank}")
@@ -212,7 +207,7 @@ class AdaLoRA(AdapterConfig):
             raise ValueError(
                 f"the rank {rank} is larger than {place} allows: the smaller of its two sizes is {min(sizes)}"
             )
-        kind = AdaLoRAConv1D if is_conv1d(bare) else AdaLoRALinear
+        kind = AdaLoRAConv1D if is_conv1d(module) else AdaLoRALinear
 
         def build(base: nn.Module) -> AdaLoRALinear:
             return kind(
@@ -231,7 +226,3 @@ def adalora_layers(model: nn.Module, name: str) -> dict[str, AdaLoRALinear]:
         for layer in adapter_chain(module)
         if layer.adapter_name == name and isinstance(layer, AdaLoRALinear)
     }
-
-
-def _adaptable(module: nn.Module) -> bool:
-    return linear_sizes(module) is not None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llmtune.adapters.adalora_config import AdaLoRA, adalora_layers
 from llmtune.adapters.attach import record_of
+from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.record import check_positive
 from llmtune.modules import unwrap
 
@@ -61,7 +62,7 @@ class AdaLoRAOrthogonality:
         layers = adalora_layers(model, self.name).values()
         matrices = [matrix for layer in layers for matrix in (layer.lora_a, layer.lora_b.T)]
         device = matrices[0].device
-        with torch.autocast(device.type, enabled=False):
+        with no_autocast(device):
             return strength * torch.stack([_apart(matrix).to(device) for matrix in matrices]).mean()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llmtune.adapters.layer import AdapterLayer, bare_module
-from llmtune.adapters.targets import is_conv1d
+from llmtune.adapters.targets import linear_sizes
 
 
 class OutputLayer(AdapterLayer):
@@ -86,14 +86,6 @@ def width_of(place: str, places: dict[str, nn.Module]) -> int | None:
     sizes = [linear_sizes(module) for name, module in places.items() if name.startswith(f"{place}.")]
     widths = [size[1] for size in sizes if size is not None]
     return widths[-1] if widths else None
-
-
-def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in, out) of a linear layer or Conv1D, with adapters around it or not; None of any other module."""
-    bare: Any = bare_module(module)
-    if isinstance(getattr(bare, "in_features", None), int) and isinstance(getattr(bare, "out_features", None), int):
-        return bare.in_features, bare.out_features
-    return tuple(bare.weight.shape) if is_conv1d(bare) else None
 
 
 def _norm_width(module: nn.Module) -> int | None:

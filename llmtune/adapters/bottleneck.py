@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtune.adapters.around import OutputLayer, first_input, linear_sizes
+from llmtune.adapters.around import OutputLayer, first_input
 from llmtune.adapters.layer import bare_module
 from llmtune.adapters.record import check_dtype, check_positive, check_probability, check_whole
+from llmtune.adapters.targets import linear_sizes
 from llmtune.errors import did_you_mean
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

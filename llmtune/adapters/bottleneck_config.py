@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from llmtune.adapters.around import linear_sizes, width_of
+from llmtune.adapters.around import width_of
 from llmtune.adapters.bottleneck import (
     BottleneckLayer,
     FeedForwardInput,
@@ -31,7 +31,7 @@ from llmtune.adapters.record import (
     check_whole,
 )
 from llmtune.adapters.sublayers import FeedForward, find_sublayers
-from llmtune.adapters.targets import ALL_LINEAR, matching
+from llmtune.adapters.targets import ALL_LINEAR, linear_sizes, matching
 from llmtune.errors import did_you_mean
 
 KINDS = ("houlsby", "pfeiffer", "parallel")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmtune.adapters.layer import AdapterLayer
+from llmtune.adapters.layer import AdapterLayer, wide
 from llmtune.adapters.lora import LowRankLayer
 from llmtune.weights.deltas import merge_deltas, trim
 from llmtune.weights.low_rank import LowRank, low_rank_matrix, low_rank_product
@@ -87,11 +87,6 @@ def change_of_bias(layer: AdapterLayer) -> Tensor | None:
     if isinstance(layer, LowRankLayer):
         return None if layer.lora_bias is None else layer.scaling * wide(layer.lora_bias)
     return layer.deltas().get("bias")
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor, of any shape, in at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _matrix(place: str, layer: AdapterLayer) -> Tensor:

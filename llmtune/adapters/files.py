@@ -133,7 +133,6 @@ def load(
                 attach(model, config, name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    tensors = {key: tensor for key, tensor in tensors.items() if not config.says_nothing(key, tensor)}
     if not fresh:
         if name in record_of(model, name).merged:
             raise ValueError(f'adapter "{name}" is merged into the weights: unmerge it before loading into it')

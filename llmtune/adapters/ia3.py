@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.layer import PREFIX, AdapterLayer, bare_module
+from llmtune.adapters.layer import PREFIX, AdapterLayer, bare_module, wide
 from llmtune.adapters.targets import is_conv1d, linear_sizes
 from llmtune.adapters.trained_copy import check_first
 
@@ -127,9 +127,9 @@ class IA3Linear(AdapterLayer):
                 f"{type(bare_module(self)).__name__} has none: de-quantise it first"
             )
         columns = self.feedforward != transposed  # whether an input is a column of the weight as it is kept
-        found = {"weight": _wide(weight) * (factor if columns else factor[:, None])}
+        found = {"weight": wide(weight) * (factor if columns else factor[:, None])}
         if self.bias is not None and not self.feedforward:
-            found["bias"] = _wide(self.bias) * factor
+            found["bias"] = wide(self.bias) * factor
         return found
 
     def file_tensors(self, place: str) -> dict[str, Tensor]:
@@ -140,7 +140,3 @@ class IA3Linear(AdapterLayer):
         """Return what `print(model)` shows of the layer."""
         what = "inputs" if self.feedforward else "outputs"
         return f"adapter={self.adapter_name}, scales={what}, active={self.active}"
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

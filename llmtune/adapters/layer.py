@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmtune.modules import unwrap
@@ -89,6 +90,11 @@ class AdapterLayer(nn.Module):
         """
         own = {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
         return {f"{PREFIX}{place}.{name}": parameter for name, parameter in own.items()}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor, of any shape, in at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def bare_module(module: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from llmtune.adapters.lora_embedding import LoRAEmbedding
 from llmtune.adapters.parameter_plan import matching_parameters, named_locals
 from llmtune.adapters.parameters import LoRAParameter, check_parameter, sizes_of
 from llmtune.adapters.plan import Build, Plan, check_free, plan_targets
-from llmtune.adapters.targets import check_called, check_patterns_used, is_conv1d, pattern_value
+from llmtune.adapters.targets import check_called, check_patterns_used, is_conv1d, linear_sizes, pattern_value
 from llmtune.adapters.token_plan import check_same_tokens, places_of_tokens, token_builders, token_groups, token_places
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def _kind(module: nn.Module) -> type[LoRALinear] | type[LoRAEmbedding] | None:
         return LoRAConv1D
     if isinstance(bare, nn.Embedding):
         return LoRAEmbedding
-    sizes = (getattr(bare, "in_features", None), getattr(bare, "out_features", None))
-    return LoRALinear if all(isinstance(size, int) for size in sizes) else None
+    return None if linear_sizes(bare) is None else LoRALinear
 
 
 def _builder(place: str, module: nn.Module, *, config: LoRA, name: str) -> Build:
@@ -147,7 +146,8 @@ def _builder(place: str, module: nn.Module, *, config: LoRA, name: str) -> Build
         raise ValueError(f"lora_bias has no meaning for {place}, an embedding: leave it out of the targets")
     rank = pattern_value(place, config.rank_pattern, config.rank)
     alpha = pattern_value(place, config.alpha_pattern, config.alpha)
-    largest = min(_sizes(bare_module(module)))
+    bare: Any = bare_module(module)
+    largest = min(linear_sizes(bare) or bare.weight.shape)
     if rank > largest and not config.any_rank:
         raise ValueError(_too_large(rank, place, largest))
     if kind is LoRAEmbedding and config.initialise not in ("kaiming", "gaussian"):
@@ -167,9 +167,3 @@ def _builder(place: str, module: nn.Module, *, config: LoRA, name: str) -> Build
         )  # fmt: skip
 
     return build
-
-
-def _sizes(bare: Any) -> tuple[int, int]:
-    if isinstance(getattr(bare, "in_features", None), int):
-        return bare.in_features, bare.out_features
-    return tuple(bare.weight.shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmtune.adapters.around import OutputLayer, linear_sizes, width_of
+from llmtune.adapters.around import OutputLayer, width_of
 from llmtune.adapters.layer import adapter_chain, bare_module, named_places
 from llmtune.adapters.plan import Build, Plan, copied_places, finish
 from llmtune.adapters.prompt_layer import PromptLayer
@@ -29,7 +29,7 @@ from llmtune.adapters.record import (
     check_whole,
 )
 from llmtune.adapters.sublayers import find_sublayers
-from llmtune.adapters.targets import ALL_LINEAR, inside, matching
+from llmtune.adapters.targets import ALL_LINEAR, inside, linear_sizes, matching
 
 Positions = tuple[int, int] | Literal["all"]
 TOGETHER = """LoReFT at a prompt's first and last tokens would take the virtual tokens of {prompt} for the prompt's: \
@@ -107,7 +107,7 @@ class LoReFTLayer(OutputLayer):
         super().__init__(base, adapter_name=adapter_name)
         check_whole("rank", rank)
         check_probability("dropout", dropout)
-        check_dtype(dtype)
+        check_reft_dtype(dtype)
         sizes = linear_sizes(base)
         if width is None and sizes is None:
             raise ValueError(f"a {type(bare_module(base)).__name__} does not tell the width of its output: give width")
@@ -175,7 +175,7 @@ def check_positions(value: Any) -> Positions:
     return pair
 
 
-def check_dtype(value: Any) -> None:
+def check_reft_dtype(value: Any) -> None:
     """Raise ValueError where `value` is neither float32 nor float64."""
     if value not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64, in which rows can be orthonormal; got {value}")
@@ -229,7 +229,7 @@ class LoReFT(AdapterConfig):
         check_whole("rank", self.rank)
         object.__setattr__(self, "positions", check_positions(self.positions))
         check_probability("dropout", self.dropout)
-        check_dtype(self.dtype)
+        check_reft_dtype(self.dtype)
         if self.blocks is not None:
             check_expressions("blocks", self.blocks)
         check_names(ALL_LINEAR, (), self.train_modules)

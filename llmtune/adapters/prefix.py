@@ -12,7 +12,7 @@ from llmtune.adapters.body import Body, find_body
 from llmtune.adapters.plan import Build, Plan
 from llmtune.adapters.prefix_layer import PrefixAttention, PrefixLayer, PrefixTable, own_attention
 from llmtune.adapters.record import AdapterConfig, check_whole
-from llmtune.adapters.virtual_tokens import HEADS, LAYERS, VirtualTokens, common_entries, common_fields, number_of
+from llmtune.adapters.virtual_tokens import HEADS, LAYERS, VirtualTokens, common_fields, number_of, prompt_entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class PrefixTuning(VirtualTokens):
         """Return PEFT's entries; see `AdapterConfig.file_entries`."""
         _, bare, paired = _reader(find_body(model, "PrefixTuning"))
         L, K, D = _sizes(bare)
-        entries = common_entries(model, self, name, body=bare, token_dim=K * D, submodules=2 if paired else 1) | {
+        entries = prompt_entries(model, self, name, body=bare, token_dim=K * D, submodules=2 if paired else 1) | {
             "encoder_hidden_size": self.hidden or K * D, "init_weights": None, "num_attention_heads": K,
             "num_layers": L, "prefix_projection": self.projection,
         }  # fmt: skip

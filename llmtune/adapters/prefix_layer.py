@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmtune.adapters.autocast import autocast_dtype, no_autocast
 from llmtune.adapters.body import CACHES, HELD, BodyLayer, StandIn, check_not_packed, widened_mask
 from llmtune.adapters.layer import bare_module, named_places
 from llmtune.adapters.virtual_tokens import KEY
@@ -87,7 +88,7 @@ class PrefixTable(nn.Module):
         part = slice(layer * width, (layer + 1) * width)
         if self.first is None or self.second is None:
             return self.table[:, part]
-        with torch.autocast(self.table.device.type, enabled=False):  # so that a file holds what was trained
+        with no_autocast(self.table.device):  # so that a file holds what was trained
             hidden = torch.tanh(self.first(self.table))
             return F.linear(hidden, self.second.weight[part], self.second.bias[part])
 
@@ -208,7 +209,8 @@ class _Prefix:
 
 def current_dtype(body: Any, device: str) -> torch.dtype:
     """Return the dtype that a body's keys and values have at the moment: autocast's, or the body's own."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else body.dtype
+    dtype: torch.dtype = body.dtype
+    return autocast_dtype(torch.device(device)) or dtype
 
 
 def own_attention(body: nn.Module) -> dict[str, tuple[int, nn.Module]]:

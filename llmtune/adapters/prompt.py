@@ -17,7 +17,7 @@ from llmtune.adapters.prompt_encoder import PromptEncoder, PromptTable
 from llmtune.adapters.prompt_layer import PromptLayer, PromptMemory
 from llmtune.adapters.record import AdapterConfig, check_probability, check_whole
 from llmtune.adapters.targets import inside
-from llmtune.adapters.virtual_tokens import KEY, VirtualTokens, common_entries, common_fields
+from llmtune.adapters.virtual_tokens import KEY, VirtualTokens, common_fields, prompt_entries
 
 
 class _Prompt(VirtualTokens):
@@ -59,7 +59,7 @@ class _Prompt(VirtualTokens):
         method = type(self).__name__
         body = find_body(model, method).module
         weight: Any = bare_module(embeddings_of(body, method)).weight
-        entries = common_entries(model, self, name, body=body, token_dim=weight.shape[1])
+        entries = prompt_entries(model, self, name, body=body, token_dim=weight.shape[1])
         return dict(sorted((entries | self.own_entries(weight.shape[1])).items()))
 
     def own_entries(self, token_dim: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmtune.adapters.autocast import no_autocast
 from llmtune.modules import eval_mode
 
 
@@ -73,7 +74,7 @@ class PromptEncoder(PromptTable):
 
     def forward(self) -> Tensor:
         """Return the virtual tokens [n, E]."""
-        with torch.autocast(self.table.device.type, enabled=False):  # so that a file holds what was trained
+        with no_autocast(self.table.device):  # so that a file holds what was trained
             x: Tensor = self.table if self.lstm is None else self.lstm(self.table[None])[0][0]
             for i, linear in enumerate(self.linears):
                 x = linear(F.relu(x) if i else x)

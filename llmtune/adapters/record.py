@@ -109,16 +109,6 @@ class AdapterConfig:
         """
         return dict(tensors)
 
-    @classmethod
-    def says_nothing(cls, key: str, tensor: Tensor) -> bool:
-        """Return whether a tensor in a file of this method may be passed over, though no layer has it.
-
-        Args:
-            key: its name in the file.
-            tensor: of any shape.
-        """
-        return False
-
     def check_attached(self, model: nn.Module, name: str, attached: AdapterConfig, *, source: Path) -> None:
         """Raise where tensors saved with this record would mean something else in an adapter attached with another.
 

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from llmtune.adapters.around import linear_sizes
 from llmtune.adapters.layer import bare_module
-from llmtune.adapters.targets import inside
+from llmtune.adapters.targets import inside, linear_sizes
 
 ATTENTION = (
     "self_attn", "encoder_attn", "attn", "attention", "self_attention", "crossattention", "cross_attn",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmtune.adapters.layer import PREFIX, AdapterLayer, adapter_chain, bare_module
+from llmtune.adapters.layer import PREFIX, AdapterLayer, adapter_chain, bare_module, wide
 
 
 class TrainedCopy(AdapterLayer):
@@ -55,7 +55,7 @@ class TrainedCopy(AdapterLayer):
     def deltas(self) -> dict[str, Tensor]:
         """Return copy - original for every parameter, by its name in the module; see `AdapterLayer`."""
         originals = _parameters(bare_module(self))
-        return {name: _wide(p) - _wide(originals[name]) for name, p in _parameters(self.copy).items()}
+        return {name: wide(p) - wide(originals[name]) for name, p in _parameters(self.copy).items()}
 
     def replacements(self) -> dict[str, Tensor]:
         """Return the copy's parameters and buffers by their names in the module; see `AdapterLayer`."""
@@ -126,8 +126,8 @@ class TrainedBias(AdapterLayer):
 
     def deltas(self) -> dict[str, Tensor]:
         """Return copy - original of the bias; see `AdapterLayer`."""
-        original = bare_module(self).bias if self.original is None else self.original
-        return {"bias": _wide(self.trained_bias) - _wide(original)}
+        original: Any = bare_module(self).bias if self.original is None else self.original
+        return {"bias": wide(self.trained_bias) - wide(original)}
 
     def file_tensors(self, place: str) -> dict[str, Tensor]:
         """Return the bias by the name of the original; see `AdapterLayer`."""
@@ -168,7 +168,3 @@ def adds_bias_last(module: nn.Module) -> bool:
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the module's parameters, a tied one by each of its names."""
     return dict(module.named_parameters(remove_duplicate=False))
-
-
-def _wide(tensor: Any) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_layers
-from llmtune.adapters.layer import PREFIX, adapter_chain, named_places
-from llmtune.adapters.peft_config import check_entries
+from llmtune.adapters.layer import PREFIX, named_places
+from llmtune.adapters.peft_config import TASKS, about_model, check_entries, copied
 from llmtune.adapters.plan import Plan, copied_places, finish
 from llmtune.adapters.record import AdapterConfig, check_dtype, check_suffixes, check_whole
-from llmtune.adapters.trained_copy import TrainedCopy
 
 KEY = "prompt_embeddings"  # PEFT's name of the only tensor in a file of virtual tokens, without a prefix
 COPIES = "base_model."  # what PEFT puts before a module trained whole beside them, shorter than elsewhere
@@ -23,8 +22,7 @@ OWN = {
     "modules_to_save", "num_attention_heads", "num_layers", "num_transformer_submodules", "num_virtual_tokens",
     "peft_type", "token_dim",
 }  # fmt: skip
-TASKS = {
-    "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+EVERY_TASK = TASKS | {
     "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }  # fmt: skip
@@ -81,7 +79,7 @@ class VirtualTokens(AdapterConfig):
             )
 
 
-def common_entries(
+def prompt_entries(
     model: nn.Module, config: VirtualTokens, name: str, *, body: Any, token_dim: int, submodules: int = 1
 ) -> dict[str, Any]:
     """Return the entries of `adapter_config.json` that every method of virtual tokens has.
@@ -94,23 +92,16 @@ def common_entries(
         token_dim: the size of one virtual token.
         submodules: PEFT's num_transformer_submodules.
     """
-    copied = [
-        place
-        for place, module in named_places(model)
-        if any(isinstance(layer, TrainedCopy) and layer.adapter_name == name for layer in adapter_chain(module))
-    ]
-    return {
+    whole = copied(model, name)
+    return about_model(model) | {
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "inference_mode": True,
-        "modules_to_save": sorted(copied) or None,
+        "modules_to_save": whole or None,
         "num_attention_heads": number_of(body.config, HEADS),
         "num_layers": number_of(body.config, LAYERS),
         "num_transformer_submodules": submodules,
         "num_virtual_tokens": config.tokens,
         "peft_type": config.peft_type,
-        "revision": None,
-        "task_type": _task(type(model).__name__, copied),
+        "task_type": _task(type(model).__name__, whole),
         "token_dim": token_dim,
     }
 
@@ -118,7 +109,7 @@ def common_entries(
 def _task(kind: str, copied: Sequence[str]) -> str:
     """Return what PEFT is to take the model for. It wants a classifier's head to be in the file; a file without one is
     for a model that only makes features, which gives the same outputs."""
-    task = next((task for ending, task in TASKS.items() if kind.endswith(ending)), "FEATURE_EXTRACTION")
+    task = next((task for ending, task in EVERY_TASK.items() if kind.endswith(ending)), "FEATURE_EXTRACTION")
     has_head = any(place.endswith(PEFT_HEADS) for place in copied)
     return task if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or has_head else "FEATURE_EXTRACTION"
 
