@@ -18,6 +18,10 @@ class NonFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite; raised before the optimizer step, so no weight has changed."""
 
 
+class LossSpikeError(ArithmeticError):
+    """A loss is far above those of the steps before; raised before the optimizer step, so no weight has changed."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint is damaged, or belongs to another model, data set or run."""
 

@@ -2,26 +2,92 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from llmtune.errors import NonFiniteError
-from llmtune.types import Penalty
+from llmtune.losses.packed import check_documents_apart
+from llmtune.training.randomness import fixed_randomness
+from llmtune.training.settings import LoopSettings
+from llmtune.training.sharding import is_sharded
+from llmtune.training.streams import is_stream
+from llmtune.types import Batch, Penalty
 
-RESERVED = {"loss", "penalty", "targets", "overflow", "grad_norm", "learning_rate", "step", "tokens", "seconds"}
+if TYPE_CHECKING:
+    from llmtune.training.loop import TrainingLoop
+
+RESERVED = {
+    "loss", "penalty", "targets", "overflow", "skipped", "grad_norm", "learning_rate", "step", "tokens", "seconds",
+}  # fmt: skip
+
+
+def check_run(model: nn.Module, train_data: Any, eval_data: Any, settings: LoopSettings) -> None:
+    """Raise where model, data and settings cannot make a run; the checks below say which."""
+    check_data(train_data, eval_data, settings)
+    check_trainable(model)
+    check_processes(model, settings.precision)
 
 
 def check_rows(rows: Any, what: str) -> None:
     """Raise where `rows` cannot be trained on: no length or index (TypeError), or empty (ValueError)."""
     if isinstance(rows, Mapping) or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        also = ", or a stream with state_dict and load_state_dict" if what == "train_data" else ""
         kind = type(rows).__name__
-        raise TypeError(f"{what} must be rows with a length and an index (a list, a PackedDataset); got {kind}")
+        raise TypeError(f"{what} must be rows with a length and an index (a list, a PackedDataset){also}; got {kind}")
     if len(rows) == 0:
         raise ValueError(f"{what} is empty: there are no rows to go through")
+
+
+def check_data(train_data: Any, eval_data: Any, settings: LoopSettings) -> None:
+    """Raise where the data cannot be trained and evaluated on as the settings say.
+
+    Raises:
+        TypeError: it is neither rows by number nor a stream.
+        ValueError: it is empty; a stream comes with epochs; or an evaluation is wanted and there is nothing for it.
+    """
+    if not is_stream(train_data):
+        check_rows(train_data, "train_data")
+    elif settings.epochs is not None or settings.data_workers:
+        raise ValueError(
+            "a stream has no length and fetches its rows itself: give max_steps instead of epochs, and set workers in "
+            "the stream's own loader instead of data_workers"
+        )
+    if eval_data is not None:
+        check_rows(eval_data, "eval_data")
+    elif settings.eval_every is not None:
+        raise ValueError(f"eval_every={settings.eval_every} needs eval_data; none was given")
+
+
+def targets_of(loss: Any, batch: Batch) -> int:
+    """Return `loss.count_targets(batch)`.
+
+    Raises:
+        TypeError: the loss has no such method.
+    """
+    count = getattr(loss, "count_targets", None)
+    if count is None:
+        raise TypeError(
+            f"the loop must know over how many targets {loss!r} takes its mean: give it a "
+            "count_targets(batch) method, or override TrainingLoop.count_targets"
+        )
+    return int(count(batch))
+
+
+def total_of(counts: Sequence[int], *, step: int) -> int:
+    """Return the sum of the counts of a step's micro-batches; `step` from 1, for the sentence.
+
+    Raises:
+        ValueError: it is 0.
+    """
+    if sum(counts) == 0:
+        raise ValueError(
+            f"step {step} has no target to learn from: in its {len(counts)} micro-batches every label is ignored "
+            f"(-100). Check the labels of its rows (those of loop.row_indices({step - 1})), or drop such rows"
+        )
+    return sum(counts)
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -59,31 +125,6 @@ def loss_and_parts(result: Any, *, trained: bool = True) -> tuple[Tensor, Mappin
     return loss, parts
 
 
-def check_finite(model: nn.Module, metrics: Mapping[str, Any], *, step: int, scale: float) -> None:
-    """Raise where a step's loss, penalty or gradient is NaN or infinite.
-
-    An overflow of the gradient under fp16's loss scale is passed over as long as the scale can be lowered.
-
-    Args:
-        model: the model whose `.grad` were measured.
-        metrics: "loss", "grad_norm" and, where there are such, "penalty" and "overflow", as numbers.
-        step: the step's number, from 1, for the sentence.
-        scale: fp16's loss scale.
-
-    Raises:
-        NonFiniteError: names the step and the first parameter concerned.
-    """
-    for name in ("loss", "penalty"):
-        value = metrics.get(name, 0.0)
-        if not math.isfinite(value):
-            raise NonFiniteError(f"step {step}: the {name} is {value}; no weight has been changed by this step")
-    if math.isfinite(metrics["grad_norm"]) or (metrics.get("overflow") and scale > 1):
-        return
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    where = f"first in {bad[0]}" if bad else "in its norm alone"
-    raise NonFiniteError(f"step {step}: the gradient is not finite, {where}; no weight has been changed by this step")
-
-
 def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     """Return `penalty(model)` in float32, a scalar.
 
@@ -99,9 +140,40 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     return value.float()
 
 
-def check_one_process() -> None:
-    """Raise RuntimeError under several processes: each would train on the same rows and write the same checkpoints."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise RuntimeError(f"this loop runs in one process; started in {ranks}, each would train on the same rows")
+def sum_of_penalties(penalties: Sequence[Penalty], model: nn.Module) -> Tensor | None:
+    """Return the sum of the penalties, a scalar in float32, or None where there are none."""
+    if not penalties:
+        return None
+    return torch.stack([checked_penalty(penalty, model) for penalty in penalties]).sum()
+
+
+def try_out(loop: TrainingLoop, batch: Batch) -> None:
+    """Raise ValueError where the model lets documents of such a batch see each other; nothing else changes by it."""
+    with fixed_randomness():
+        check_documents_apart(loop.model, loop.prepare_batch(batch))
+    loop.ranks.settle(loop.model)
+
+
+def check_processes(model: nn.Module, precision: str) -> None:
+    """Raise where the processes of a run could not train one model together.
+
+    Raises:
+        RuntimeError: torchrun started several processes that have not joined.
+        ValueError: the model is wrapped for data-parallel training already, or is sharded and trained in fp16.
+    """
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    started = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if started > 1 and not joined:
+        raise RuntimeError(
+            f"{started} processes were started and have not joined: call llmtune.training.join_processes() first in "
+            "the script, or each trains a model of its own"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"give the loop the bare model, not inside {type(model).__name__}: it sums gradients over processes itself"
+        )
+    if precision == "fp16" and is_sharded(model):
+        raise ValueError(
+            "a sharded model cannot be trained in fp16, whose overflow each process would judge by itself: set "
+            'precision="bf16"'
+        )

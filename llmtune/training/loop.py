@@ -6,10 +6,9 @@ them, the optimizer applies them. Override the method that your idea changes; th
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +17,26 @@ from torch import Tensor, nn
 
 from llmtune.adapters.reach import check_gradients
 from llmtune.data.collate import collate_packed
-from llmtune.errors import NonFiniteError
+from llmtune.errors import LossSpikeError, NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
-from llmtune.losses.packed import check_documents_apart
-from llmtune.modules import eval_mode, train_mode
-from llmtune.training.checks import (
-    check_finite,
-    check_one_process,
-    check_rows,
-    check_trainable,
-    checked_penalty,
-    loss_and_parts,
-)
+from llmtune.modules import train_mode
+from llmtune.training.checks import check_run, loss_and_parts, sum_of_penalties, targets_of, total_of, try_out
+from llmtune.training.distributed import Ranks
+from llmtune.training.evaluation import evaluation_means
+from llmtune.training.guards import check_finite, check_spike, pass_over
 from llmtune.training.history import History
-from llmtune.training.optimizer import adamw_with_schedule
-from llmtune.training.progress import Progress
-from llmtune.training.randomness import fixed_randomness, rows_of_step, seed_everything
-from llmtune.training.resume import check_can_save, load_newest, refuse_used_folder, run_state, save_run, take_back
+from llmtune.training.optimizer import adamw_with_schedule, steps_in_all
+from llmtune.training.out_of_memory import within_memory
+from llmtune.training.progress import watchers
+from llmtune.training.randomness import fetch_rows, rows_of_step, seed_everything
+from llmtune.training.resume import Keeper
+from llmtune.training.run_state import run_state, take_back
 from llmtune.training.settings import LoopSettings
-from llmtune.training.sums import add_share, clip_gradients, gradient_norm, mean_by_name, real_tokens
+from llmtune.training.signals import StopSignals, Told, told_by
+from llmtune.training.streams import StreamRows, is_stream
+from llmtune.training.sums import add_share, clip_gradients, drop_gradients, gradient_norm, real_tokens
+from llmtune.training.switches import activation_checkpointing, autocast, compiled
+from llmtune.training.workers import BatchesAhead
 from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty, Rows
 
 
@@ -44,21 +44,24 @@ class TrainingLoop:
     """Train a model on rows of data; every method may be overridden.
 
     The gradient of a step is that of the mean loss over all the step's targets, whatever the split into micro-batches
-    and however unevenly targets are spread over them: a loss is an ordinary mean, and the loop does all scaling.
+    and processes and however unevenly targets are spread over them: a loss is an ordinary mean, the loop does all
+    scaling. Whatever a step draws at random is a pure function of (seed, step), so a resumed run repeats it.
 
     Args:
         model: the module to train; only parameters that require a gradient are touched. It stays on its device.
-        train_data: rows, a sequence or map-style data set of dicts ("input_ids", "labels", ...).
+        train_data: rows, a sequence or map-style data set of dicts ("input_ids", "labels", ...); or a stream of such
+            rows, an iterable with `state_dict` and `load_state_dict`.
         settings: a `LoopSettings`.
         collate: makes a batch of a list of rows: `collate_packed`, `collate_padded`, or your own.
         eval_data: rows to evaluate on, or None.
         penalties: functions of the model added to the loss whatever the batch, once per optimizer step.
         callbacks: `Callback` objects, called in this order, after penalties that are callbacks themselves.
         loss: a `LossFunction`: `loss(model, batch)` is a mean over `loss.count_targets(batch)` targets.
+        tokenizer: written into checkpoints beside the weights, and there for callbacks; the loop itself needs none.
 
     Raises:
-        ValueError: the data is empty, or no parameter of the model requires a gradient.
-        TypeError: the data has no length or cannot be indexed.
+        ValueError: the data is empty, no parameter of the model requires a gradient, or the settings do not fit.
+        TypeError: the data is neither rows by number nor a stream.
 
     Example:
         >>> from llmtune.testing.models import tiny_llama
@@ -72,7 +75,7 @@ class TrainingLoop:
     def __init__(
         self,
         model: nn.Module,
-        train_data: Rows,
+        train_data: Rows | Any,
         *,
         settings: LoopSettings,
         collate: Callable[[list[Any]], Batch] = collate_packed,
@@ -80,40 +83,41 @@ class TrainingLoop:
         penalties: Sequence[Penalty] = (),
         callbacks: Sequence[Callback] = (),
         loss: LossFunction = causal_lm_loss,
+        tokenizer: Any = None,
     ) -> None:
-        check_rows(train_data, "train_data")
-        if eval_data is not None:
-            check_rows(eval_data, "eval_data")
-        elif settings.eval_every is not None:
-            raise ValueError(f"eval_every={settings.eval_every} needs eval_data; none was given")
-        check_trainable(model)
+        check_run(model, train_data, eval_data, settings)
         self.model, self.train_data, self.eval_data = model, train_data, eval_data
-        self.settings, self.collate, self.loss = settings, collate, loss
+        self.settings, self.collate, self.loss, self.tokenizer = settings, collate, loss, tokenizer
+        self.called_model = compiled(model, settings.compile)  # what a loss calls: the model, compiled or as it is
+        self.stream = StreamRows(train_data) if is_stream(train_data) else None
+        self.ranks = Ranks(model)
         self.penalties = list(penalties)
-        own = [Progress()] if settings.progress else []
-        watching = [*(p for p in self.penalties if isinstance(p, Callback)), *callbacks, *own]
-        self.callbacks = list({id(watcher): watcher for watcher in watching}.values())  # each once
+        self.callbacks = watchers(self.penalties, callbacks, progress=settings.progress and self.ranks.main)
         self.history = History()
-        self.step = 0
-        self.total_steps: int = settings.max_steps or math.ceil(
-            (settings.epochs or 0) * len(train_data) / settings.rows_per_step
-        )
+        self.step, self.evaluated, self.stopped = 0, 0, ""  # steps done, the last one evaluated, why it ended early
+        self.total_steps = steps_in_all(settings, train_data)
+        self.rows_per_micro_batch = settings.rows_per_micro_batch or -(-settings.rows_per_step // self.ranks.world)
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self._optimizer: tuple[torch.optim.Optimizer, Any] | None = None
+        self.keeper = Keeper()  # of checkpoints
+        self.signals = StopSignals()
 
     def configure_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return (optimizer, learning-rate scheduler): AdamW over what requires a gradient, the settings' schedule."""
         return adamw_with_schedule(self.model, self.settings, self.total_steps)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the batches of one optimizer step: a pure function of (seed, step), which makes resuming exact.
+        """Return all batches of one optimizer step, those of every process: a function of (seed, step) alone.
 
         Args:
             step: which optimizer step, from 0.
         """
-        rows = [self.train_data[index] for index in self.row_indices(step)]
-        size = self.settings.rows_per_micro_batch or len(rows)
+        run, size = self.settings, self.rows_per_micro_batch
+        if self.stream is not None:
+            rows = self.stream.take(step, run.rows_per_step)
+        else:
+            first = step * run.rows_per_step
+            rows = fetch_rows(self.train_data, self.row_indices(step), seed=run.seed, first=first)
         return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def row_indices(self, step: int) -> list[int]:
@@ -134,13 +138,7 @@ class TrainingLoop:
         Raises:
             TypeError: the loss has no `count_targets`; give it one, or override this method.
         """
-        count = getattr(self.loss, "count_targets", None)
-        if count is None:
-            raise TypeError(
-                f"the loop must know over how many targets {self.loss!r} takes its mean: give it a "
-                "count_targets(batch) method, or override TrainingLoop.count_targets"
-            )
-        return int(count(batch))
+        return targets_of(self.loss, batch)
 
     def compute_loss(self, model: nn.Module, batch: Batch) -> LossResult:
         """Return the mean loss over `count_targets(batch)` targets, or (mean loss, named parts to log)."""
@@ -148,41 +146,32 @@ class TrainingLoop:
 
     def penalty(self) -> Tensor | None:
         """Return the sum of the penalties, a scalar, or None where there are none; called once per optimizer step."""
-        if not self.penalties:
-            return None
-        return torch.stack([checked_penalty(penalty, self.model) for penalty in self.penalties]).sum()
+        return sum_of_penalties(self.penalties, self.model)
 
     def accumulate_gradients(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Leave in `.grad` the gradient of the mean loss over all targets of `batches`, plus the penalty's.
 
-        Earlier gradients are dropped. Works without `fit`, and leaves the model's train or eval mode alone.
+        Of several processes each computes its share, and all end with the same gradient. Earlier gradients are dropped.
+        Works without `fit`, and leaves the model's train or eval mode alone.
 
         Returns:
-            The named means: "loss", the loss's parts, "penalty" where there is one (tensors on the model's device), and
-            "targets", the count; under fp16 "overflow", 1 where the scaled gradient was not finite.
+            The named means: "loss", the loss's parts, "penalty" where there is one (tensors), and "targets", the count;
+            under fp16 "overflow", 1 where the scaled gradient was not finite.
 
         Raises:
             ValueError: no batch has a target (all labels -100); the loss is no scalar with a gradient; or, at the first
                 step, no gradient reaches a parameter that an adapter trains.
         """
         counts = [self.count_targets(batch) for batch in batches]
-        total = sum(counts)
-        if total == 0:
-            raise ValueError(
-                f"step {self.step + 1} has no target to learn from: in its {len(batches)} micro-batches every label is "
-                f"ignored (-100). Check the labels of rows {self.row_indices(self.step)[:8]}, or drop such rows"
-            )
-        self.model.zero_grad(set_to_none=True)
-        if self.scaler.is_enabled():
-            self.scaler._per_optimizer_states.clear()  # so that gradients may be taken more than once a step
+        total = total_of(counts, step=self.step + 1)
+        drop_gradients(self.model, self.scaler)
         metrics: dict[str, Any] = {}
-        for batch, count in zip(batches, counts, strict=True):
-            if count == 0:
-                continue
-            with self._autocast():
-                loss, parts = loss_and_parts(self.compute_loss(self.model, self.prepare_batch(batch)))
-            self.scaler.scale(loss * (count / total)).backward()
-            add_share(metrics, {"loss": loss, **parts}, count / total)
+        with self.ranks.together(self.model, metrics):
+            for batch, count in self.ranks.share(batches, counts):
+                with autocast(self.device, self.settings.precision):
+                    loss, parts = loss_and_parts(self.compute_loss(self.called_model, self.prepare_batch(batch)))
+                self.scaler.scale(loss * (count / total)).backward()
+                add_share(metrics, {"loss": loss, **parts}, count / total)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
             metrics["overflow"] = (~gradient_norm(self.model).isfinite()).float()
@@ -204,13 +193,19 @@ class TrainingLoop:
 
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite; no weight has changed.
+            LossSpikeError: the loss is far above the recent ones, where the settings look at that.
         """
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        metrics = self.accumulate_gradients(batches)
+        metrics = within_memory(self, batches)
         self._emit("on_before_optimizer_step")
         metrics["grad_norm"] = self.clip_gradients()
         metrics = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-        check_finite(self.model, metrics, step=self.step + 1, scale=self.scaler.get_scale())
+        try:
+            check_finite(self.model, metrics, step=self.step + 1, scale=self.scaler.get_scale())
+            check_spike(self.history, metrics["loss"], self.settings.spike_factor, step=self.step + 1)
+        except (NonFiniteError, LossSpikeError) as error:
+            pass_over(self.history, self.settings.on_bad_step, error)
+            return metrics | {"learning_rate": learning_rate, "skipped": 1}
         self.scaler.step(self.optimizer)  # under fp16 it passes over a step whose scaled gradient overflowed
         self.scaler.update()
         if not metrics.get("overflow"):
@@ -227,25 +222,15 @@ class TrainingLoop:
         """
         if self.eval_data is None:
             raise ValueError("there is nothing to evaluate on: give the loop eval_data")
-        rows, size = self.eval_data, self.settings.rows_per_micro_batch or self.settings.rows_per_step
-        with eval_mode(self.model), fixed_randomness():  # looking changes nothing
-            means = mean_by_name(
-                self.eval_step(self.collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
-                for start in range(0, len(rows), size)
-            )
-        if not means:
-            raise ValueError("no row of eval_data has a target: every label is ignored (-100)")
-        if not all(map(math.isfinite, means.values())):
-            raise NonFiniteError(f"step {self.step}: the evaluation gives {means}")
-        return {f"eval_{name}": mean for name, mean in means.items()}
+        return {f"eval_{name}": mean for name, mean in evaluation_means(self).items()}
 
     def eval_step(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (sums, counts) of one batch, by name: the loss and its parts, summed over the batch's targets."""
         count = self.count_targets(batch)
         if count == 0:
             return {}, {}
-        with self._autocast():
-            loss, parts = loss_and_parts(self.compute_loss(self.model, self.prepare_batch(batch)), trained=False)
+        with autocast(self.device, self.settings.precision):
+            loss, parts = loss_and_parts(self.compute_loss(self.called_model, self.prepare_batch(batch)), trained=False)
         values = {"loss": loss, **parts}
         return {name: value * count for name, value in values.items()}, dict.fromkeys(values, count)
 
@@ -261,89 +246,109 @@ class TrainingLoop:
         """
         take_back(self, state)
 
+    @cached_property
+    def _configured(self) -> tuple[torch.optim.Optimizer, Any]:
+        self.ranks.settle(self.model)
+        return self.configure_optimizer()
+
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer; `configure_optimizer` is called when it is first needed."""
-        return self._configured()[0]
+        """The optimizer."""
+        return self._configured[0]
 
     @property
     def scheduler(self) -> Any:
         """The learning-rate scheduler."""
-        return self._configured()[1]
+        return self._configured[1]
 
-    def fit(self, *, resume: bool = False) -> History:
+    def fit(self, *, resume: bool = False, strict: bool = False) -> History:
         """Run the steps not yet done and return the history.
+
+        A first SIGTERM or SIGINT lets the step end, saves, and leaves: with SystemExit(143) or KeyboardInterrupt.
 
         Args:
             resume: go on from the newest whole checkpoint in the settings' folder; with none there, start afresh.
+            strict: raise where a newer checkpoint is damaged, instead of skipping it with a line that says why.
 
         Raises:
             CheckpointError: the folder holds a run already and `resume` is False, or holds another run's.
             NonFiniteError: the loss or a gradient is NaN or infinite.
+            LossSpikeError: the loss is far above the recent ones, where the settings look at that.
             ValueError: a step has no target, or packed documents see each other in this model.
         """
-        check_one_process()
-        if resume:
-            load_newest(self)
-        else:
-            refuse_used_folder(self.settings.folder)
-            seed_everything(self.settings.seed)
-        check_can_save(self)
+        self.keeper.start(self, resume=resume, strict=strict)
+        self.ranks.start_equal(self.model)
+        in_blocks = activation_checkpointing(self.model, self.settings.activation_checkpointing)
         try:
-            with train_mode(self.model):
+            with self.signals, train_mode(self.model), in_blocks:
                 self._run()
         except BaseException as error:
-            with suppress(OSError):  # a full disk must not hide what went wrong
-                self._write_history()
+            if isinstance(error, Told) and self.keeper.saved_step != self.step:
+                self.save()
+            self.keeper.finish(self, failed=True)
             self._emit("on_exception", error)
             raise
         return self.history
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the present step into the settings' folder; return its path, None without a folder."""
-        path = save_run(self)
-        if path is not None:
-            self._write_history()
-            self._emit("on_save", path)
-        return path
+        """Write a checkpoint of the present step into the settings' folder; return its path, None without a folder.
+
+        Of several processes all must call it. Under `background_save` it may still be being written.
+        """
+        return self.keeper.save(self)
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step, as if it were the last; a run that is resumed stays ended."""
+        self.stopped = reason
 
     def _run(self) -> None:
-        settings = self.settings
-        if self.step < self.total_steps:
-            with fixed_randomness():  # whatever the trial draws, the first step finds the random state untouched
-                check_documents_apart(self.model, self.prepare_batch(self.micro_batches(self.step)[0]))
+        run = self.settings
+        ahead = BatchesAhead(self.micro_batches, seed=run.seed, workers=run.data_workers, end=self.total_steps)
+        if self._goes_on():
+            try_out(self, ahead.get(self.step, self.rows_per_micro_batch)[0])
         self._emit("on_fit_start")
-        while self.step < self.total_steps:
+        if self._evaluation_due() and self.evaluated != self.step:
+            self._look(self.history[-1])  # a signal had come between that step and its evaluation
+        self.leave_if_told()
+        while self._goes_on():
             self._emit("on_step_start")
             began = time.perf_counter()
-            batches = self.micro_batches(self.step)
+            batches = ahead.get(self.step, self.rows_per_micro_batch)
+            seed_everything(run.seed, "step", self.step, self.ranks.rank)
             metrics = self.training_step(batches)
             self.step += 1
-            row = {"step": self.step, **metrics, "tokens": sum(map(real_tokens, batches))}
-            row["seconds"] = time.perf_counter() - began
-            last = self.step == self.total_steps
+            tokens, seconds = sum(map(real_tokens, batches)), time.perf_counter() - began
+            row = {"step": self.step, **metrics, "tokens": tokens, "seconds": seconds}
             self.history.append(row)
             self._emit("on_step_end", row)
-            if self.eval_data is not None and (last or (settings.eval_every and self.step % settings.eval_every == 0)):
-                row.update(self.evaluate())
-                self._emit("on_eval_end", row)
-            if last or (settings.save_every and self.step % settings.save_every == 0):
-                self.save()
+            self._look(row)
+            self.leave_if_told()
+        self.keeper.finish(self)
         self._emit("on_fit_end")
 
-    def _configured(self) -> tuple[torch.optim.Optimizer, Any]:
-        if self._optimizer is None:
-            self._optimizer = self.configure_optimizer()
-        return self._optimizer
+    def _look(self, row: dict[str, Any]) -> None:
+        """Evaluate and save where that is due after the step that `row` is of."""
+        if self._evaluation_due():
+            row.update(self.evaluate())
+            self.evaluated = self.step
+            self._emit("on_eval_end", row)
+        every = self.settings.save_every
+        if not self._goes_on() or self.keeper.wanted or (every and self.step % every == 0):
+            self.save()
 
-    def _autocast(self) -> Any:
-        dtype = torch.float16 if self.settings.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.settings.precision != "float32")
+    def _goes_on(self) -> bool:
+        return self.step < self.total_steps and not self.stopped
+
+    def _evaluation_due(self) -> bool:
+        every = self.settings.eval_every
+        at_this_step = not self._goes_on() or (every is not None and self.step % every == 0)
+        return self.eval_data is not None and self.step > 0 and at_this_step
+
+    def leave_if_told(self) -> None:
+        """Leave `fit` where a signal has told any of the processes to."""
+        if self.signals.watching and (number := max(self.ranks.exchange(self.signals.received))):
+            raise told_by(number, self.step, self.settings.folder)
 
     def _emit(self, event: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
-
-    def _write_history(self) -> None:
-        if self.settings.folder is not None and self.history:
-            self.history.to_csv(Path(self.settings.folder) / "history.csv")

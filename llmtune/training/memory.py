@@ -1,4 +1,4 @@
-"""How much memory this process has taken at most."""
+"""How much memory was taken at most, and whether there was none left."""
 
 from __future__ import annotations
 
@@ -17,3 +17,17 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that a device, or this process, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def free_cached_memory() -> None:
+    """Give back what torch's allocator holds and nobody uses."""
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()

@@ -27,8 +27,26 @@ def adamw_with_schedule(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay}
     plain = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([group for group in (decayed, plain) if group["params"]], lr=settings.learning_rate)
+    groups = [group for group in (decayed, plain) if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=_fused(trained, settings.fused))
     scheduler = get_scheduler(
-        settings.schedule, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=total_steps
+        settings.schedule,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=dict(settings.schedule_options),
     )
     return optimizer, scheduler
+
+
+def steps_in_all(settings: LoopSettings, rows: Any) -> int:
+    """Return the optimizer steps of a run: `max_steps`, or what `epochs` passes over the rows take."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return -(-(settings.epochs or 0) * len(rows) // settings.rows_per_step)
+
+
+def _fused(parameters: list[nn.Parameter], wanted: bool | None) -> bool:
+    if wanted is not None:
+        return wanted
+    return all(p.device.type in ("cuda", "cpu", "xpu", "mps") and p.is_floating_point() for p in parameters)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from llmtune.training.memory import peak_memory
-from llmtune.types import Callback
+from llmtune.types import Callback, Penalty
+
+
+def watchers(penalties: Sequence[Penalty], callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:
+    """Return what watches a run, each once: penalties that are callbacks themselves, the callbacks, the progress."""
+    own = [Progress()] if progress else []
+    watching = [*(penalty for penalty in penalties if isinstance(penalty, Callback)), *callbacks, *own]
+    return list({id(watcher): watcher for watcher in watching}.values())
 
 
 class Progress(Callback):
@@ -73,8 +81,8 @@ def banner(loop: Any) -> str:
     resumed = f" from step {loop.step}" if loop.step else ""
     return (
         f"Training {type(loop.model).__name__}{resumed}: {loop.total_steps} steps of {settings.rows_per_step} rows, "
-        f"{len(loop.train_data)} rows in all\n"
-        f"  trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f} | "
+        + (f"{len(loop.train_data)} rows in all\n" if loop.stream is None else "from a stream\n")
+        + f"  trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f} | "
         f"{dtypes}, precision {settings.precision}, on {loop.device} ({torch.get_num_threads()} threads)"
         + (f", attention {attention}" if attention else "")
     )

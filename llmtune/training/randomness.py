@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+from llmtune.types import Rows
 
 
 def derive_seed(*key: int | str) -> int:
@@ -19,11 +21,55 @@ def derive_seed(*key: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's (every device's) random state, each from its own derived seed."""
-    random.seed(derive_seed(seed, "python"))
-    np.random.seed(derive_seed(seed, "numpy") % 2**32)
-    torch.manual_seed(derive_seed(seed, "torch"))
+def seed_everything(*key: int | str) -> None:
+    """Seed Python's, NumPy's and torch's (every device's) random state, each from a seed derived from `key`."""
+    _seed_cpu(*key)
+    if torch.accelerator.is_available():
+        torch.manual_seed(derive_seed(*key, "torch"))
+
+
+def _seed_cpu(*key: int | str) -> None:
+    random.seed(derive_seed(*key, "python"))
+    np.random.seed(derive_seed(*key, "numpy") % 2**32)
+    torch.default_generator.manual_seed(derive_seed(*key, "torch"))
+
+
+@contextmanager
+def keyed_randomness(*key: int | str) -> Iterator[None]:
+    """Run the block from a random state that is a pure function of `key`, and put back that of before.
+
+    What the block draws from Python, NumPy or torch on the CPU depends on the key alone: not on what ran before, in
+    which process or worker it runs, or whether the run was resumed.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    _seed_cpu(*key)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def fetch_rows(data: Rows, indices: Sequence[int], *, seed: int, first: int) -> list[Any]:
+    """Return `data[index]` for each index, every row fetched under randomness of its own, keyed by (seed, sample).
+
+    So a data set that augments its rows draws the same for a sample however the step is cut and whoever fetches it.
+
+    Args:
+        data: rows by number. A list or tuple holds its rows already, and draws nothing.
+        indices: which rows.
+        seed: of the run.
+        first: the number of the first row in the endless chain of samples; the others follow.
+    """
+    if isinstance(data, list | tuple):
+        return [data[index] for index in indices]
+    with keyed_randomness(seed, "rows"):
+        rows = []
+        for sample, index in enumerate(indices, first):
+            _seed_cpu(seed, "sample", sample)
+            rows.append(data[index])
+    return rows
 
 
 @functools.lru_cache(maxsize=2)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmtune.training.sharding import is_dtensor
 from llmtune.types import Batch
 
 
@@ -24,9 +25,24 @@ def add_share(metrics: dict[str, Any], values: Mapping[str, Any], share: float) 
         metrics[name] = metrics[name] + part if name in metrics else part
 
 
+def drop_gradients(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
+    """Drop all gradients, and what the scaler knows of them: they may be taken more than once a step."""
+    model.zero_grad(set_to_none=True)
+    if scaler.is_enabled():
+        scaler._per_optimizer_states.clear()
+
+
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Return the Euclidean norm of all gradients of the model together, a scalar."""
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    """Return the Euclidean norm of all gradients of the model together, a scalar; of all shards together."""
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms = []
+    for gradients in by_mesh.values():
+        norm: Any = nn.utils.get_total_norm(gradients)
+        norms.append(norm.full_tensor() if is_dtensor(norm) else norm)
+    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
 def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
@@ -36,7 +52,8 @@ def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
     """
     norm = gradient_norm(model)
     if largest is not None:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [gradient.to_local() if is_dtensor(gradient) else gradient for gradient in gradients]
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))
     return norm
@@ -46,18 +63,3 @@ def real_tokens(batch: Batch) -> int:
     """Return how many tokens of the batch are no padding; 0 where it has no "input_ids"."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     return int(mask.sum()) if mask is not None else (0 if ids is None else ids.numel())
-
-
-def mean_by_name(batches: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, float]:
-    """Return the sum over all batches' sums divided by that of their counts, name by name.
-
-    Args:
-        batches: (sums, counts) of each batch, of the same names; a name whose counts are all 0 is left out.
-    """
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    for batch_sums, batch_counts in batches:
-        for name, value in batch_sums.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-            counts[name] = counts.get(name, 0.0) + float(batch_counts[name])
-    return {name: sums[name] / counts[name] for name in sums if counts[name]}

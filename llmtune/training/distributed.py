@@ -1,0 +1,204 @@
+"""The processes of a run: who takes which micro-batch, and how gradients and numbers are summed over all.
+
+Every process makes all micro-batches of a step, so each knows the targets of all without asking, and a subclass that
+adds batches of its own needs no thought for processes. Each then computes its share, every `world`-th. Gradients are
+summed once a step by torch's collectives, whatever the model was called through and however often: a subclass may call
+it twice, not at all, or by `functional_call`. Parameters sharded by `fully_shard` are summed by torch's own engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from llmtune.errors import CheckpointError
+from llmtune.training.memory import is_out_of_memory
+from llmtune.training.sharding import data_dimensions, give_up_gathered, is_sharded, sum_over_shards
+from llmtune.types import Batch
+
+BUCKET_BYTES = 64 * 2**20
+
+
+def join_processes(backend: str | None = None) -> torch.device:
+    """Join the processes that `torchrun` started and return this one's device; call it first in the script.
+
+    Without torchrun there is nothing to join: the device is the accelerator if there is one, else the CPU.
+
+    Args:
+        backend: of `torch.distributed`; the default is that of the device: "nccl" for CUDA, "gloo" for the CPU.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        device = torch.device("cpu")
+    else:
+        local = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+        device = torch.device(accelerator.type, local)
+        torch.accelerator.set_device_index(local)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        named = backend or (distributed.get_default_backend_for_device(device) if accelerator is not None else "gloo")
+        distributed.init_process_group(named, device_id=device if accelerator is not None else None)
+    return device
+
+
+class Ranks:
+    """The processes that train one model together; one alone where `torch.distributed` has not been started.
+
+    Attributes:
+        rank: which share of the data this process takes, from 0.
+        world: into how many shares the data goes. (Processes that hold parts of one tensor-parallel model take the same
+            share.)
+        main: whether this is the process that prints and writes.
+        sharded: whether parameters are spread over the processes, so that all must run equally many forward passes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.processes, number = 1, 0
+        if distributed.is_available() and distributed.is_initialized():
+            self.processes, number = distributed.get_world_size(), distributed.get_rank()
+        self.main = number == 0
+        self.sharded = is_sharded(model)
+        self.rank, self.world = number, self.processes
+        if self.processes > 1 and self.sharded:
+            self.rank, self.world = data_dimensions(model)
+            sum_over_shards(model)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return every process's value, in order of the processes."""
+        if self.processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.processes
+        distributed.all_gather_object(values, value)
+        return values
+
+    def in_main(self, work: Callable[[], Any]) -> Any:
+        """Let the main process do some work, and return in all of them what it gave.
+
+        Raises:
+            Exception: what the work raised, in the main process.
+            CheckpointError: the same sentence in the others.
+        """
+        result: Any = None
+        problem: Exception | None = None
+        if self.main:
+            try:
+                result = work()
+            except Exception as error:  # told to the other processes first, which wait
+                problem = error
+        result, told = self.exchange((result, problem and f"in the main process: {problem}"))[0]
+        if problem is not None:
+            raise problem
+        if told:
+            raise CheckpointError(told)
+        return result
+
+    def places(self, count: int) -> list[tuple[int, bool]]:
+        """Return which of `count` places this process takes, as (place, True), equally many for every process.
+
+        Where there are too few, (last place, False) is added. It counts for nothing; where the model is sharded it must
+        be run all the same, for the others' sake.
+        """
+        mine = [(place, True) for place in range(self.rank, count, self.world)]
+        return mine + [(count - 1, False)] * (-(-count // self.world) - len(mine))
+
+    def shares(self, value: Any) -> list[Any]:
+        """Return the value of one process for each share of the data."""
+        return list(dict(self.exchange((self.rank, value))).values())
+
+    def share(self, batches: Sequence[Batch], counts: Sequence[int]) -> list[tuple[Batch, int]]:
+        """Return this process's share of a step: batches that have targets, with the number of their targets."""
+        real = [(batch, count) for batch, count in zip(batches, counts, strict=True) if count]
+        mine = [(real[place], here) for place, here in self.places(len(real))]
+        return [(batch, count if here else 0) for (batch, count), here in mine if here or self.sharded]
+
+    @contextmanager
+    def together(self, model: nn.Module, metrics: dict[str, Any]) -> Iterator[None]:
+        """Run the block, in which each process computes its share, then sum gradients and metrics over all.
+
+        Raises:
+            torch.OutOfMemoryError: it was raised in this process or in another one; in all of them.
+        """
+        if self.processes == 1:
+            yield
+            return
+        failure: BaseException | None = None
+        self.settle(model)
+        try:
+            yield
+        except RuntimeError as error:
+            if self.sharded or not is_out_of_memory(error):
+                raise
+            failure = error
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        numbers = {name: float(value) for name, value in metrics.items()} if failure is None else {}
+        said = self.exchange((failure is not None, self.rank, numbers, [p.grad is not None for p in trained]))
+        if any(failed for failed, *_ in said):
+            raise failure if failure is not None else torch.OutOfMemoryError("another process ran out of memory")
+        metrics.clear()
+        for share in {rank: numbers for _, rank, numbers, _ in said}.values():  # tensor-parallel parts count once
+            for name, value in share.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+        if not self.sharded:
+            someone = [any(found) for found in zip(*(found for *_, found in said), strict=True)]
+            sum_gradients([p for p, has in zip(trained, someone, strict=True) if has])
+
+    def settle(self, model: nn.Module) -> None:
+        """Leave each process of a sharded model with its own shards alone.
+
+        A forward pass without a backward pass leaves some parameters gathered: what an optimizer, a checkpoint or the
+        next pass then finds in the model are not the shards, and an update makes them stale.
+        """
+        if self.sharded and self.processes > 1:
+            give_up_gathered(model)
+
+    def start_equal(self, model: nn.Module) -> None:
+        """Give every process the main one's weights.
+
+        Raises:
+            ValueError: the processes have models of different parameters.
+        """
+        if self.processes == 1:
+            return
+        shape = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+        if len(set(self.exchange(hashlib.sha256(repr(shape).encode()).hexdigest()))) > 1:
+            raise ValueError(
+                "the processes have different models: names, shapes, dtypes and what is trained must be the same in "
+                "all of them. Build the model in the same way in each process"
+            )
+        if not self.sharded:
+            with torch.no_grad():
+                for tensor in (*model.parameters(), *model.buffers()):
+                    distributed.broadcast(tensor.data, src=0)
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum `.grad` over all processes, in buckets; a process without one adds nothing.
+
+    Args:
+        parameters: the same in every process, each with a gradient in at least one of them.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    bucket: list[Tensor] = []
+    size = 0
+    for gradient in sorted((p.grad for p in parameters if p.grad is not None), key=lambda g: str(g.dtype)):
+        if bucket and (bucket[0].dtype != gradient.dtype or size + gradient.nbytes > BUCKET_BYTES):
+            _sum_bucket(bucket)
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.nbytes
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

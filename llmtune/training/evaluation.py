@@ -1,0 +1,62 @@
+"""Means over the evaluation rows, of which only sums and counts are kept, shared among the processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from llmtune.errors import NonFiniteError
+from llmtune.modules import eval_mode
+from llmtune.training.randomness import fixed_randomness
+
+if TYPE_CHECKING:
+    from llmtune.training.loop import TrainingLoop
+
+Totals = dict[str, list[float]]
+"""Sum and count by name."""
+
+
+def evaluation_means(loop: TrainingLoop) -> dict[str, float]:
+    """Return the mean of everything that `loop.eval_step` sums, over all of `loop.eval_data`.
+
+    Looking changes nothing: the model's modes and the random state are those of before. A signal that asks the run to
+    stop is heard between two batches.
+
+    Raises:
+        ValueError: no row has a target.
+        NonFiniteError: a mean is NaN or infinite.
+    """
+    rows, size = loop.eval_data, loop.rows_per_micro_batch
+    assert rows is not None
+    totals: Totals = {}
+    with eval_mode(loop.model), fixed_randomness():
+        for place, counts in loop.ranks.places(-(-len(rows) // size)):
+            loop.leave_if_told()
+            if counts or loop.ranks.sharded:
+                batch = loop.collate([rows[i] for i in range(place * size, min((place + 1) * size, len(rows)))])
+                sums, targets = loop.eval_step(batch)
+                if counts:
+                    _add(totals, sums, targets)
+    loop.ranks.settle(loop.model)
+    means = mean_by_name(loop.ranks.shares(totals))
+    if not means:
+        raise ValueError("no row of eval_data has a target: every label is ignored (-100)")
+    if not all(map(math.isfinite, means.values())):
+        raise NonFiniteError(f"step {loop.step}: the evaluation gives {means}")
+    return means
+
+
+def mean_by_name(shares: Iterable[Totals]) -> dict[str, float]:
+    """Return the sum of all shares' sums divided by that of their counts; a name whose counts are all 0 is left out."""
+    together: Totals = {}
+    for totals in shares:
+        _add(together, {n: pair[0] for n, pair in totals.items()}, {n: pair[1] for n, pair in totals.items()})
+    return {name: total / count for name, (total, count) in together.items() if count}
+
+
+def _add(totals: Totals, sums: Mapping[str, float], counts: Mapping[str, float]) -> None:
+    for name, value in sums.items():
+        total = totals.setdefault(name, [0.0, 0.0])
+        total[0] += float(value)
+        total[1] += float(counts[name])

@@ -1,0 +1,186 @@
+"""What a checkpoint of a run holds, and how it is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.errors import CheckpointError
+from llmtune.modules import unwrap
+from llmtune.training.agreement import (
+    adapters_of,
+    data_fingerprint,
+    row_count,
+    same_adapters,
+    same_model,
+    same_run,
+    shape_of,
+    whole,
+)
+from llmtune.training.checkpoint import fingerprint
+from llmtune.training.history import History
+from llmtune.training.randomness import random_state, set_random_state
+from llmtune.training.sharding import gathered, spread_like
+from llmtune.types import Callback
+
+if TYPE_CHECKING:
+    from llmtune.training.loop import TrainingLoop
+
+
+def run_state(loop: TrainingLoop) -> dict[str, Any]:
+    """Return the run as nested tensors and JSON values: what is trained, the optimizer, random states, what was seen.
+
+    Frozen parameters are stored only where `save_frozen` says so; a short fingerprint of each makes sure that the same
+    ones are there again. Tensors that are spread over processes come whole, in the main process; call it in all.
+    """
+    model = unwrap(loop.model)
+    state = {
+        "step": loop.step,
+        "run": {
+            "rows": row_count(loop.train_data),
+            "data": _once(loop, "data", lambda: data_fingerprint(loop.train_data)),
+            "settings": loop.settings.what_changes_the_result(),
+            "processes": loop.ranks.world,
+        },
+        "progress": {
+            "rows_per_micro_batch": loop.rows_per_micro_batch,
+            "evaluated": loop.evaluated,
+            "stopped": loop.stopped,
+            "protected": sorted(loop.keeper.protected),
+        },
+        "stream": None if loop.stream is None else loop.stream.state(loop.step),
+        "adapters": adapters_of(model),
+        "shapes": {name: shape_of(parameter) for name, parameter in model.named_parameters()},
+        "frozen": {name: _frozen(loop, name, p) for name, p in model.named_parameters() if not p.requires_grad},
+        "model": dict(changing(model, frozen=loop.settings.save_frozen)),
+        "kinds": _kinds(loop),
+        "optimizer": _optimizer_state(loop.optimizer),
+        "scheduler": _plain(loop.scheduler.state_dict()),
+        "scaler": loop.scaler.state_dict(),
+        "random": random_state(),
+        "history": list(loop.history),
+        "watchers": [[type(watcher).__name__, watcher.state_dict()] for watcher in _watchers(loop)],
+    }
+    return gathered(state, keep=loop.ranks.main) if loop.ranks.sharded else state
+
+
+def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
+    """Put `run_state` back into a loop, after checking everything that must agree; a refusal changes nothing.
+
+    Raises:
+        CheckpointError: the model, the data or a setting is another; the sentence names the first difference.
+    """
+    model = unwrap(loop.model)
+    expected = {
+        "step", "run", "progress", "stream", "adapters", "shapes", "frozen", "model", "kinds", "optimizer", "scheduler",
+        "scaler", "random", "history", "watchers",
+    }  # fmt: skip
+    missing = sorted(expected - set(state))
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is not one of a TrainingLoop")
+    own = dict(changing(model, frozen=True))
+    same_model(model, state, dict(changing(model)))
+    same_adapters(adapters_of(model), state["adapters"])
+    told = same_run(loop, state["run"])
+    if state["kinds"] != _kinds(loop):
+        raise CheckpointError(f"optimizer and schedule were {state['kinds']} in the run and are {_kinds(loop)} now")
+    watchers = _watchers(loop)
+    saved = [name for name, _ in state["watchers"]]
+    if saved != [type(watcher).__name__ for watcher in watchers]:
+        raise CheckpointError(
+            f"the run's penalties and callbacks with state were {saved or 'none'}; now they are "
+            f"{[type(watcher).__name__ for watcher in watchers] or 'none'}"
+        )
+    for watcher, (_, value) in zip(watchers, state["watchers"], strict=True):
+        watcher.load_state_dict(value)
+    with torch.no_grad():
+        for name, value in state["model"].items():
+            own[name].copy_(spread_like(value, own[name]))
+    _load_optimizer(loop.optimizer, state["optimizer"])
+    loop.scheduler.load_state_dict(dict(state["scheduler"]))
+    loop.scaler.load_state_dict(dict(state["scaler"]))
+    loop.history[:] = History(state["history"])
+    loop.step = int(state["step"])
+    if loop.stream is not None:
+        loop.stream.restore(state["stream"], loop.step)
+    progress = state["progress"]
+    loop.evaluated, loop.stopped = progress["evaluated"], progress["stopped"]
+    loop.keeper.protected = set(progress["protected"])
+    if told and loop.ranks.main:
+        print(f"going on with the same gradients, but not bit for bit: {'; '.join(told)}")
+    if not told:  # what memory allowed then
+        loop.rows_per_micro_batch = progress["rows_per_micro_batch"]
+    set_random_state(state["random"])
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put a checkpoint's trained parameters and buffers into the model it was made of, and nothing else."""
+    own = dict(changing(unwrap(model), frozen=True))
+    with torch.no_grad():
+        for name, value in state["model"].items():
+            own[name].copy_(spread_like(value, own[name]))
+
+
+def changing(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield what training may change: parameters that require a gradient, and the buffers in the model's state.
+
+    Args:
+        model: the bare model.
+        frozen: yield the frozen parameters too.
+    """
+    kept = model.state_dict(keep_vars=True)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad or frozen)
+    yield from ((name, tensor) for name, tensor in kept.items() if id(tensor) not in parameters)
+
+
+def _once(loop: TrainingLoop, key: str, make: Any) -> Any:
+    if key not in loop.keeper.fingerprints:
+        loop.keeper.fingerprints[key] = make()
+    return loop.keeper.fingerprints[key]
+
+
+def _frozen(loop: TrainingLoop, name: str, parameter: Tensor) -> str:
+    """Return the fingerprint of a frozen parameter, computed again only where it has been written to."""
+    key = f"{name}@{parameter._version}"
+    return str(_once(loop, key, lambda: fingerprint(whole(parameter))))
+
+
+def _kinds(loop: TrainingLoop) -> list[Any]:
+    groups = [len(group["params"]) for group in loop.optimizer.param_groups]
+    return [type(loop.optimizer).__name__, groups, type(loop.scheduler).__name__]
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    return {
+        "state": {str(key): dict(value) for key, value in state["state"].items()},
+        "param_groups": [_plain(group) for group in state["param_groups"]],
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        int(key): {
+            name: spread_like(entry, parameters[int(key)]) if isinstance(entry, Tensor) else entry
+            for name, entry in value.items()
+        }
+        for key, value in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out the functions a scheduler keeps beside its state."""
+    return {key: value for key, value in state.items() if not callable(value)}
+
+
+def _watchers(loop: TrainingLoop) -> list[Any]:
+    """Return the penalties and callbacks that may have state, each once."""
+    nothing = Callback.state_dict
+    found = [*loop.penalties, *(callback for callback in loop.callbacks if callback not in loop.penalties)]
+    return [watcher for watcher in found if getattr(type(watcher), "state_dict", nothing) is not nothing]

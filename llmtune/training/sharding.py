@@ -1,0 +1,132 @@
+"""Parameters spread over processes: put there by `fully_shard`, gathered for a checkpoint, spread again from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtune.errors import did_you_mean
+
+
+def shard(model: nn.Module, *, blocks: str | type[nn.Module] | None = None, mesh: Any = None) -> nn.Module:
+    """Spread the model's parameters over all processes with torch's `fully_shard` (FSDP2), and return the model.
+
+    Each block (a transformer layer) is gathered while it runs and given up afterwards; what is outside blocks stays
+    gathered during a step. Call it after adapters have been attached and before the loop is made. The model stays the
+    object it was; its parameters become `DTensor`s.
+
+    Args:
+        model: the same in every process, on this process's device.
+        blocks: the class of the blocks, or its name; the default is what the Hugging Face model says may not be split
+            (`_no_split_modules`).
+        mesh: a `DeviceMesh` for `fully_shard`; the default is one over all processes.
+
+    Raises:
+        ValueError: there is no process group; or the model has no such block, or says nothing of its blocks.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ValueError(
+            "sharding needs several processes: start the script by torchrun and call join_processes() first"
+        )
+    if blocks is None:
+        names = set(getattr(model, "_no_split_modules", None) or ())
+        if not names:
+            raise ValueError(f"{type(model).__name__} does not name its blocks: give blocks=, their class or its name")
+    else:
+        names = {blocks if isinstance(blocks, str) else blocks.__name__}
+    found = [module for module in model.modules() if type(module).__name__ in names and module is not model]
+    if not found:
+        kinds = {type(module).__name__ for module in model.modules()}
+        near = did_you_mean(sorted(names)[0], kinds)
+        raise ValueError(f"no module of {type(model).__name__} is a {' or '.join(sorted(names))}.{near}")
+    options = {} if mesh is None else {"mesh": mesh}
+    for module in found:
+        fully_shard(module, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Return whether a tensor is spread over processes."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "full_tensor")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether any parameter of the model is spread over processes."""
+    return any(is_dtensor(parameter) for parameter in model.parameters())
+
+
+def data_dimensions(model: nn.Module) -> tuple[int, int]:
+    """Return (which, of how many) share of the data this process takes where the model is spread over processes.
+
+    Every dimension of the parameters' mesh but "tp" (and "ep", "cp", "pp") splits the data.
+
+    Raises:
+        ValueError: the mesh does not reach all processes, so that some would train a model of their own.
+    """
+    meshes: list[Any] = [getattr(p, "device_mesh", None) for p in model.parameters() if is_dtensor(p)]
+    mesh = max(meshes, key=lambda mesh: mesh.ndim)
+    world = torch.distributed.get_world_size()
+    if mesh.size() != world:
+        raise ValueError(
+            f"the model is spread over {mesh.size()} of {world} processes, and nothing would keep its copies equal: "
+            "use a mesh over all of them, with a data-parallel dimension that fully_shard was given"
+        )
+    names = mesh.mesh_dim_names or ("data",) * mesh.ndim
+    rank, count = 0, 1
+    for dimension, name in enumerate(names):
+        if name not in ("tp", "ep", "cp", "pp"):
+            rank = rank * mesh.size(dimension) + mesh.get_local_rank(dimension)
+            count *= mesh.size(dimension)
+    return rank, count
+
+
+def sum_over_shards(model: nn.Module) -> None:
+    """Let FSDP sum gradients over processes where it would take their mean; the loop has scaled each already."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+def give_up_gathered(model: nn.Module) -> None:
+    """Let FSDP give up what it holds gathered, so that the model's parameters are its shards."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gathered(state: Any, *, keep: bool) -> Any:
+    """Return nested state with every tensor that is spread over processes whole, on the CPU; call it in all of them.
+
+    Args:
+        state: nested dicts and lists.
+        keep: False gives empty tensors in their place, for the processes that do not write.
+    """
+    if is_dtensor(state):
+        whole = state.detach().full_tensor()
+        return whole.cpu() if keep else torch.empty(0)
+    if isinstance(state, Mapping):
+        return {key: gathered(value, keep=keep) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [gathered(value, keep=keep) for value in state]
+    return state
+
+
+def spread_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor spread as `like` is, where `like` is spread and of the same shape; else as it stands."""
+    if not is_dtensor(like) or value.shape != like.shape or is_dtensor(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    kin: Any = like
+    return distribute_tensor(value.to(kin.device), kin.device_mesh, kin.placements, src_data_rank=None)

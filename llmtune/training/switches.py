@@ -1,0 +1,61 @@
+"""Switches of speed and memory, put on a model for the length of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtune.modules import unwrap
+
+
+def compiled(model: nn.Module, how: bool | str) -> Any:
+    """Return the model as it is called: itself, or compiled; `how` is False, True, or the name of a backend.
+
+    Raises:
+        ValueError: torch knows no such backend.
+    """
+    if how is False:
+        return model
+    backend = "inductor" if how is True else how
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ValueError(f"compile must be True, False or one of {', '.join(known)}; got {how!r}")
+    return torch.compile(model, backend=backend)
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """Return the context in which a loss is computed: autocast under "bf16" and "fp16", nothing under "float32"."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "float32")
+
+
+@contextmanager
+def activation_checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Let a Hugging Face model compute its blocks' activations again in the backward pass, while the block runs.
+
+    Raises:
+        ValueError: the model has no such switch.
+    """
+    inner: Any = unwrap(model)
+    if not on or getattr(inner, "is_gradient_checkpointing", False):
+        yield
+        return
+    if hasattr(inner, "activation_checkpointing_enable"):
+        inner.activation_checkpointing_enable()
+        switch_off = getattr(inner, "activation_checkpointing_disable", None)
+    elif hasattr(inner, "gradient_checkpointing_enable"):  # its name in transformers before 5.20 or so
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        switch_off = None
+    else:
+        raise ValueError(
+            f"{type(inner).__name__} has no switch for activation checkpointing, which Hugging Face models have: put "
+            "torch.utils.checkpoint into its forward pass, or set activation_checkpointing=False"
+        )
+    try:
+        yield
+    finally:
+        (switch_off or inner.gradient_checkpointing_disable)()

@@ -1,0 +1,66 @@
+"""Batches made ahead of the step that needs them, by other processes: possible because a step's are a pure function."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from llmtune.training.randomness import keyed_randomness
+from llmtune.training.signals import ignore_in_worker
+from llmtune.types import Batch
+
+
+class BatchesAhead:
+    """`micro_batches(step)` under randomness keyed by (seed, step), in this process or ahead of time in others.
+
+    Args:
+        micro_batches: step to batches; with workers it must depend on the step alone.
+        seed: of the run.
+        workers: processes; 0 makes the batches here, when they are asked for.
+        end: steps of the run.
+    """
+
+    def __init__(self, micro_batches: Callable[[int], list[Batch]], *, seed: int, workers: int, end: int) -> None:
+        self._make, self._seed, self._workers, self._end = micro_batches, seed, workers, end
+        self._iterator: Iterator[list[Batch]] | None = None
+        self._next, self._size = -1, 0
+        self._last: list[Batch] = []
+
+    def get(self, step: int, size: int) -> list[Batch]:
+        """Return the batches of `step`.
+
+        Args:
+            step: from 0; steps in order are those that were made ahead.
+            size: rows of a micro-batch; where it changes, what was made ahead is forgotten.
+        """
+        if self._workers == 0:
+            with keyed_randomness(self._seed, "batches", step):
+                return self._make(step)
+        if step == self._next - 1 and size == self._size:
+            return self._last
+        if self._iterator is None or step != self._next or size != self._size:
+            self._iterator = iter(self._loader(step))
+        self._next, self._size, self._last = step + 1, size, next(self._iterator)
+        return self._last
+
+    def _loader(self, start: int) -> Any:
+        steps: Any = range(start, self._end)
+        context = "fork" if sys.platform.startswith("linux") else None  # the model is not sent to each worker
+        return DataLoader(
+            _Steps(self._make, self._seed), batch_size=None, sampler=steps, num_workers=self._workers,
+            multiprocessing_context=context, worker_init_fn=ignore_in_worker,
+        )  # fmt: skip
+
+
+class _Steps(Dataset[Any]):
+    """The steps of a run as rows by number, for torch's loader."""
+
+    def __init__(self, make: Callable[[int], list[Batch]], seed: int) -> None:
+        self._make, self._seed = make, seed
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        with keyed_randomness(self._seed, "batches", step):
+            return self._make(step)
