@@ -1,8 +1,30 @@
-"""A training loop to subclass, its settings, its random state and its checkpoints."""
+"""A training loop to subclass, its settings, its random state, its checkpoints, and what may watch it."""
 
+from llmtune.training.best import KeepBest
+from llmtune.training.csv_log import CsvLog
+from llmtune.training.early_stopping import EarlyStopping
 from llmtune.training.history import History
+from llmtune.training.log_to import LogTo
 from llmtune.training.loop import TrainingLoop
+from llmtune.training.notebook import NotebookView
+from llmtune.training.profile import Profile
 from llmtune.training.randomness import fixed_randomness
+from llmtune.training.samples import GenerateSamples
 from llmtune.training.settings import LoopSettings
+from llmtune.training.utilisation import Utilisation, matmul_ceiling
 
-__all__ = ["History", "LoopSettings", "TrainingLoop", "fixed_randomness"]
+__all__ = [
+    "CsvLog",
+    "EarlyStopping",
+    "GenerateSamples",
+    "History",
+    "KeepBest",
+    "LogTo",
+    "LoopSettings",
+    "NotebookView",
+    "Profile",
+    "TrainingLoop",
+    "Utilisation",
+    "fixed_randomness",
+    "matmul_ceiling",
+]
