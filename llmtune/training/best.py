@@ -114,9 +114,7 @@ class KeepBest(Callback):
         (10, 0.75)
     """
 
-    def __init__(
-        self, metric: str = "eval_loss", *, mode: Literal["min", "max"] = "min", restore: bool = True
-    ) -> None:
+    def __init__(self, metric: str = "eval_loss", *, mode: Literal["min", "max"] = "min", restore: bool = True) -> None:
         self.best, self.restore = Best(metric, mode=mode), restore
 
     @property

@@ -12,8 +12,8 @@ from llmtune.types import Callback
 class EarlyStopping(Callback):
     """End the run after `patience` evaluations in a row that are not better than the best one.
 
-    The run ends in order, after the step it is in, with a checkpoint. To have the weights of the best evaluation and not
-    of the last one, give the loop a `KeepBest` as well: both mean the same by "better".
+    The run ends in order, after the step it is in, with a checkpoint. To have the weights of the best evaluation and
+    not of the last one, give the loop a `KeepBest` as well: both mean the same by "better".
 
     Args:
         metric: the name of the metric, as the evaluation reports it.
@@ -62,7 +62,9 @@ class EarlyStopping(Callback):
         if best.step is None:
             loop.stop(f"{metric} was no finite number in {self.waited} evaluations")
         else:
-            loop.stop(f"{metric} got no better than {best.value:.6g}, of step {best.step}, in {self.waited} evaluations")
+            loop.stop(
+                f"{metric} got no better than {best.value:.6g}, of step {best.step}, in {self.waited} evaluations"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value, its step, and how many evaluations came since."""

@@ -136,8 +136,8 @@ def greedy(model: nn.Module, ids: Sequence[int], *, max_new_tokens: int, device:
         generate: Any = model.generate
         out = generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False,
-            num_beams=1, num_return_sequences=1, return_dict_in_generate=False, use_cache=True, temperature=None, top_p=None,
-            top_k=None, pad_token_id=padding[0] if isinstance(padding, list) else padding,
+            num_beams=1, num_return_sequences=1, return_dict_in_generate=False, use_cache=True, temperature=None,
+            top_p=None, top_k=None, pad_token_id=padding[0] if isinstance(padding, list) else padding,
         )[0].tolist()  # fmt: skip
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     return out[1:] if encoder_decoder else out[len(ids) :]

@@ -41,7 +41,9 @@ def test_the_same_step_asked_twice_says_the_same():
 
 
 def test_a_missing_metric_is_named():
-    with pytest.raises(ValueError, match=r"reports no 'eval_los'; it reports eval_loss, eval_f1. Did you mean \"eval_l"):
+    with pytest.raises(
+        ValueError, match=r"reports no 'eval_los'; it reports eval_loss, eval_f1. Did you mean \"eval_l"
+    ):
         Best("eval_los").update({"step": 3, "loss": 1.0, "eval_loss": 2.0, "eval_f1": 0.5}, 3)
     with pytest.raises(ValueError, match="it reports nothing"):
         Best("eval_loss").update({}, 3)
