@@ -1,21 +1,42 @@
-"""A training loop to subclass, its settings, its random state and its checkpoints."""
+"""A training loop to subclass, its settings, its random state, its checkpoints, its processes, and what may watch it."""
 
 from llmtune.training.background import CheckpointWriter
+from llmtune.training.best import KeepBest
 from llmtune.training.checkpoint import newest_valid, write_checkpoint
 from llmtune.training.checkpoint_read import read_checkpoint, verify_checkpoint
+from llmtune.training.csv_log import CsvLog
+from llmtune.training.distributed import join_processes
+from llmtune.training.early_stopping import EarlyStopping
 from llmtune.training.history import History
+from llmtune.training.log_to import LogTo
 from llmtune.training.loop import TrainingLoop
+from llmtune.training.notebook import NotebookView
+from llmtune.training.profile import Profile
 from llmtune.training.randomness import fixed_randomness
+from llmtune.training.samples import GenerateSamples
 from llmtune.training.settings import LoopSettings
+from llmtune.training.sharding import shard
+from llmtune.training.utilisation import Utilisation, matmul_ceiling
 
 __all__ = [
     "CheckpointWriter",
+    "CsvLog",
+    "EarlyStopping",
+    "GenerateSamples",
     "History",
+    "KeepBest",
+    "LogTo",
     "LoopSettings",
+    "NotebookView",
+    "Profile",
     "TrainingLoop",
+    "Utilisation",
     "fixed_randomness",
+    "join_processes",
+    "matmul_ceiling",
     "newest_valid",
     "read_checkpoint",
+    "shard",
     "verify_checkpoint",
     "write_checkpoint",
 ]

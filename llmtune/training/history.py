@@ -32,15 +32,18 @@ class History(list[dict[str, Any]]):
         return list(dict.fromkeys(name for row in self for name in row))
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the rows as CSV, replacing the file in one move, and return its path."""
+        """Write the rows as CSV, in one move, and return its path; a write that fails leaves an older file as it was."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=self.names())
-            writer.writeheader()
-            writer.writerows(self)
-        os.replace(temporary, path)
+        try:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, fieldnames=self.names())
+                writer.writeheader()
+                writer.writerows(self)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         return path
 
     def plot(

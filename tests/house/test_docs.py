@@ -1,12 +1,14 @@
 """The programs in README.md and docs/ run, their links lead somewhere, and the README's two commands are what they are.
 
 The python fences of a file run in order, in one namespace, in a fresh interpreter and a folder that is empty but for
-what `stages.py` lays there. A file whose first line is `<!-- slow -->` runs with the slow tests. Python that does not
-run cannot be shown.
+what `stages.py` lays there. A file whose first line is `<!-- slow -->` runs with the slow tests. A fence below a line
+`<!-- needs: module -->` runs where that module is installed; where it is not, a skipped test names the fence. Python
+that does not run cannot be shown.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -20,7 +22,10 @@ from stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"(?ms)^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$")
+FENCE = re.compile(
+    r"(?ms)(?:^ *<!-- needs: (?P<needs>\w+) -->\n)?"
+    r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```$"
+)
 RUN, SHOWN = "python", {"", "text", "bash", "json", "toml", "csv"}
 
 RUNNER = """
@@ -37,13 +42,26 @@ def fences(text: str) -> list[tuple[int, str, str]]:
     found = []
     for match in FENCE.finditer(text):
         code = re.sub(f"(?m)^{match['indent']}", "", match["code"])
-        found.append((text.count("\n", 0, match.start()) + 1, match["language"].strip(), code))
+        found.append((text.count("\n", 0, match.start("code")), match["language"].strip(), code))
     return found
+
+
+def needs(text: str) -> dict[int, str]:
+    """Return {lines above the code: module} of the fences that need a module."""
+    return {
+        text.count("\n", 0, match.start("code")): match["needs"] for match in FENCE.finditer(text) if match["needs"]
+    }
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the python fences of a page, one after the other, in an empty folder."""
-    code = [(line, text) for line, language, text in fences(page.read_text(encoding="utf-8")) if language == RUN]
+    text = page.read_text(encoding="utf-8")
+    left_out = {line for line, module in needs(text).items() if not installed(module)}
+    code = [(line, code) for line, language, code in fences(text) if language == RUN and line not in left_out]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     quiet = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
@@ -72,6 +90,19 @@ def test_program_runs(page, tmp_path):
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
 
 
+NEEDS = {
+    f"{page.relative_to(ROOT).as_posix()}:{line}": module
+    for page in PAGES
+    for line, module in needs(page.read_text(encoding="utf-8")).items()
+}
+
+
+@pytest.mark.parametrize("fence", NEEDS)
+def test_what_a_fence_needs_is_installed(fence):
+    if not installed(NEEDS[fence]):
+        pytest.skip(f'{fence} was left out: it needs {NEEDS[fence]} (pip install -e ".[log]")')
+
+
 def test_no_python_is_shown_that_does_not_run():
     reference = ROOT / "docs" / "reference"  # its examples are the docstrings', and run there
     for page in PAGES:
@@ -80,6 +111,9 @@ def test_no_python_is_shown_that_does_not_run():
         odd = [f"line {line}: ```{language}" for line, language, _ in fences(text) if language not in allowed]
         assert odd == [], f"{page}: a fence is one of {sorted(allowed)}"
         assert text.count("```") == 2 * len(fences(text)), f"{page}: a fence is not closed, or is indented unevenly"
+        assert len(re.findall("(?m)^ *<!-- needs", text)) == len(needs(text)), (
+            f"{page}: a need stands on the line above its fence"
+        )
         assert "~~~" not in text
 
 
@@ -139,6 +173,18 @@ def test_a_seeded_broken_fence_is_seen(name, tmp_path):
     if name == "an error":
         assert 'page.md", line 8' in ran.stderr
         assert "seeded" in ran.stderr
+
+
+def test_a_fence_is_left_out_where_what_it_needs_is_missing(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nx = 1\n```\n\n<!-- needs: no_such_module -->\n```python\nx = 2\n```\n\n"
+        "<!-- needs: json -->\n```python\nassert x == 1\nx = seeded\n```\n"
+    )
+    assert needs(page.read_text()) == {6: "no_such_module", 11: "json"}
+    ran = run_page(page, tmp_path)
+    assert 'page.md", line 13' in ran.stderr
+    assert "NameError: name 'seeded'" in ran.stderr
 
 
 def test_a_good_page_passes(tmp_path):

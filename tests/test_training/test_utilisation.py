@@ -1,0 +1,162 @@
+"""FLOPs counted against closed forms, and numbers that a run reports."""
+
+import itertools
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from llmtune.adapters import LoRA, attach
+from llmtune.data.collate import collate_padded
+from llmtune.testing.loop import uneven_rows
+from llmtune.testing.models import tiny_gpt2, tiny_llama
+from llmtune.training.loop import TrainingLoop
+from llmtune.training.settings import LoopSettings
+from llmtune.training.utilisation import Utilisation, count_flops, matmul_ceiling
+
+SIZES = (5, 7, 11, 13)
+
+
+def stack():
+    return nn.Sequential(*(nn.Linear(i, o) for i, o in itertools.pairwise(SIZES)))
+
+
+def products(*layers):
+    return sum(SIZES[layer] * SIZES[layer + 1] for layer in layers)
+
+
+def test_six_operations_a_weight_and_token_where_all_is_trained():
+    model, x = stack(), torch.randn(17, 5)
+    weights = products(0, 1, 2)
+    assert weights == sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    # forward and the weights' gradients everywhere, the input's gradient nowhere but above the first layer
+    wanted = 6 * 17 * weights - 2 * 17 * products(0)
+    assert count_flops(lambda: model(x).square().sum(), model.parameters()) == wanted
+    x = x.requires_grad_()  # as below an embedding
+    assert count_flops(lambda: model(x).square().sum(), [*model.parameters(), x]) == 6 * 17 * weights
+
+
+def test_four_where_the_base_is_frozen():
+    model, x = stack().requires_grad_(False), torch.randn(17, 5).requires_grad_()
+    assert count_flops(lambda: model(x).square().sum(), [x]) == 4 * 17 * products(0, 1, 2)
+    model[2].weight.requires_grad_(True)
+    x = x.detach()  # the gradient has to go no deeper than the last layer's weight
+    assert count_flops(lambda: model(x).square().sum(), model.parameters()) == 17 * (
+        2 * products(0, 1) + 4 * products(2)
+    )
+
+
+def test_a_model_with_lora_and_attention():
+    """Base: forward and input gradient; LoRA: all three, and x A anew; attention: 2 products forward, 5 backward."""
+    rank, rows, tokens = 3, 2, 11
+    model = tiny_gpt2()
+    attach(model, LoRA(rank=rank, alpha=3))
+    batch = {"input_ids": torch.randint(3, 97, (rows, tokens))}
+
+    def loss():
+        return model(**batch, use_cache=False).logits.float().square().mean()
+
+    E, F, V, layers = 26, 31, 97, 2
+    linear = {(E, 3 * E): 1, (E, E): 1, (E, F): 1, (F, E): 1}
+    n = rows * tokens
+    base = 4 * n * layers * sum(i * o * count for (i, o), count in linear.items()) + 4 * n * E * V
+    lora = n * layers * sum(rank * (6 * (i + o) + 2 * i) * count for (i, o), count in linear.items())
+    attention = layers * 7 * 2 * rows * tokens * tokens * E
+    first = 2 * n * (E * 3 * E + E * rank)  # what the first adapted layer spares: no gradient for its input
+    assert count_flops(loss, model.parameters()) == base + lora + attention - first
+
+
+def test_counting_leaves_no_gradient():
+    model, x = stack(), torch.randn(17, 5)
+    model[0].weight.grad = torch.ones(7, 5)
+    count_flops(lambda: model(x).sum(), model.parameters())
+    assert torch.equal(model[0].weight.grad, torch.ones(7, 5))
+    assert model[1].weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ceiling_is_what_products_take(dtype):
+    state = torch.get_rng_state()
+    found = matmul_ceiling("cpu", dtype, seconds=0.1)
+    assert torch.equal(torch.get_rng_state(), state)
+    one = torch.randn(256, 256).to(dtype)
+    one @ one
+    began = time.perf_counter()
+    one @ one
+    mine = 2 * 256**3 / (time.perf_counter() - began)
+    assert found > mine / 100, "of the same order, whatever else the machine does"
+
+
+def run(callbacks, **changed):
+    settings = LoopSettings(
+        **({"max_steps": 4, "rows_per_step": 4, "rows_per_micro_batch": 2, "progress": False} | changed)
+    )
+    model = tiny_gpt2(dropout=0.3)
+    return TrainingLoop(model, uneven_rows(), settings=settings, callbacks=callbacks, collate=collate_padded)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_reports_and_is_the_same(precision, monkeypatch):
+    plain, watched = run([], precision=precision), run([Utilisation()], precision=precision)
+    asked = []
+    monkeypatch.setattr(
+        "llmtune.training.utilisation.matmul_ceiling", lambda device, dtype: asked.append(dtype) or 1e12
+    )
+    plain.fit()
+    history = watched.fit()
+    assert asked == [torch.bfloat16 if precision == "bf16" else torch.float32]
+    for one, other in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    callback = watched.callbacks[0]
+    batch = watched.micro_batches(0)[0]
+    watched.model.train()
+    with torch.autocast("cpu", enabled=precision == "bf16"):
+        flops = count_flops(lambda: watched.compute_loss(watched.model, batch), watched.model.parameters())
+    assert callback.flops_per_token == flops / int(batch["attention_mask"].sum())
+    for row in history:
+        assert row["tokens_per_second"] == row["tokens"] / row["seconds"]
+        speed = callback.flops_per_token * row["tokens"] / row["seconds"]
+        assert row["flops_utilisation"] == pytest.approx(speed / 1e12)
+        assert row["peak_memory"] > 2**20
+
+
+def test_buffers_that_a_forward_pass_changes_are_the_same(monkeypatch):
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_llama()
+            self.config = self.inner.config
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+        def forward(self, **batch):
+            self.calls += self.training
+            return self.inner(**batch)
+
+    monkeypatch.setattr("llmtune.training.utilisation.matmul_ceiling", lambda device, dtype: 1e12)
+
+    class Plain(TrainingLoop):
+        def compute_loss(self, model, batch):
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            return nn.functional.cross_entropy(
+                model(**inputs).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+            )
+
+    settings = LoopSettings(max_steps=3, rows_per_step=4, progress=False)
+    counts = []
+    for callbacks in ([], [Utilisation()]):
+        loop = Plain(Counted(), uneven_rows(), settings=settings, callbacks=callbacks, collate=collate_padded)
+        loop.fit()
+        counts.append(int(loop.model.calls))
+    assert counts[0] == counts[1]
+
+
+def test_batches_without_tokens_are_refused():
+    class Vectors(TrainingLoop):
+        def micro_batches(self, step):
+            return [{"pixels": torch.ones(2, 3), "kind": torch.ones(2)}]
+
+    loop = Vectors(tiny_llama(), uneven_rows(), settings=LoopSettings(max_steps=2, progress=False))
+    loop.model.train()
+    with pytest.raises(ValueError, match='the batches have no "input_ids": they have pixels, kind'):
+        Utilisation().on_fit_start(loop)
