@@ -1,4 +1,4 @@
-"""A training loop to subclass, its settings, its random state, its checkpoints, its processes, and what may watch it."""
+"""A training loop to subclass, its settings, random state, checkpoints and processes, and what may watch it."""
 
 from llmtune.training.background import CheckpointWriter
 from llmtune.training.best import KeepBest

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from llmtune.errors import CheckpointError, did_you_mean
+from llmtune.modules import unwrap
+from llmtune.training.checkpoint_folder import step_name
+from llmtune.training.checkpoint_read import read_checkpoint
+from llmtune.training.run_state import changing, load_weights
 from llmtune.types import Callback
 
 
@@ -96,7 +103,10 @@ class Best:
 
 
 class KeepBest(Callback):
-    """Remember which evaluation was the best, so that its checkpoint is kept and its weights can be put back.
+    """Keep the checkpoint of the best evaluation, whatever is rotated away, and put its weights back at the end.
+
+    With a folder the step of every evaluation that is the best so far is saved; without one, what is trained is copied
+    to main memory.
 
     Args:
         metric: the name of the metric, as the evaluation reports it.
@@ -116,6 +126,7 @@ class KeepBest(Callback):
 
     def __init__(self, metric: str = "eval_loss", *, mode: Literal["min", "max"] = "min", restore: bool = True) -> None:
         self.best, self.restore = Best(metric, mode=mode), restore
+        self._copy: dict[str, Tensor] = {}
 
     @property
     def best_step(self) -> int | None:
@@ -143,8 +154,28 @@ class KeepBest(Callback):
         check_evaluates(loop, "KeepBest")
 
     def on_eval_end(self, loop: Any, metrics: dict[str, float]) -> None:
-        """Take note of the evaluation."""
-        self.improved({**metrics, "step": loop.step})
+        """Take note of the evaluation; have the best one saved and kept, or its weights copied."""
+        before = self.best_step
+        if not self.improved({**metrics, "step": loop.step}):
+            return
+        if loop.settings.folder is not None:
+            loop.keeper.protected = (loop.keeper.protected - {before}) | {loop.step}
+            loop.keeper.wanted = True
+        elif self.restore:
+            self._copy = {name: tensor.detach().cpu().clone() for name, tensor in changing(unwrap(loop.model))}
+
+    def on_fit_end(self, loop: Any) -> None:
+        """Put the weights of the best evaluation back.
+
+        Raises:
+            CheckpointError: its checkpoint is damaged.
+        """
+        if not self.restore or self.best_step in (None, loop.step):
+            return
+        state = {"model": self._copy}
+        if loop.settings.folder is not None:
+            state = read_checkpoint(Path(loop.settings.folder) / step_name(int(self.best_step or 0)))
+        load_weights(loop.model, state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and its step."""

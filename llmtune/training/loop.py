@@ -27,7 +27,6 @@ from llmtune.training.guards import check_finite, check_spike, pass_over
 from llmtune.training.history import History
 from llmtune.training.optimizer import adamw_with_schedule, steps_in_all
 from llmtune.training.out_of_memory import within_memory
-from llmtune.training.progress import watchers
 from llmtune.training.randomness import fetch_rows, rows_of_step, seed_everything
 from llmtune.training.resume import Keeper
 from llmtune.training.run_state import run_state, take_back
@@ -36,6 +35,7 @@ from llmtune.training.signals import StopSignals, Told, told_by
 from llmtune.training.streams import StreamRows, is_stream
 from llmtune.training.sums import add_share, clip_gradients, drop_gradients, gradient_norm, real_tokens
 from llmtune.training.switches import activation_checkpointing, autocast, compiled
+from llmtune.training.watchers import watchers
 from llmtune.training.workers import BatchesAhead
 from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty, Rows
 
@@ -92,7 +92,7 @@ class TrainingLoop:
         self.stream = StreamRows(train_data) if is_stream(train_data) else None
         self.ranks = Ranks(model)
         self.penalties = list(penalties)
-        self.callbacks = watchers(self.penalties, callbacks, progress=settings.progress and self.ranks.main)
+        self.callbacks = watchers(self.penalties, callbacks, show=settings.progress and self.ranks.main)
         self.history = History()
         self.step, self.evaluated, self.stopped = 0, 0, ""  # steps done, the last one evaluated, why it ended early
         self.total_steps = steps_in_all(settings, train_data)
@@ -112,12 +112,11 @@ class TrainingLoop:
         Args:
             step: which optimizer step, from 0.
         """
-        run, size = self.settings, self.rows_per_micro_batch
+        in_step, size = self.settings.rows_per_step, self.rows_per_micro_batch
         if self.stream is not None:
-            rows = self.stream.take(step, run.rows_per_step)
+            rows = self.stream.take(step, in_step)
         else:
-            first = step * run.rows_per_step
-            rows = fetch_rows(self.train_data, self.row_indices(step), seed=run.seed, first=first)
+            rows = fetch_rows(self.train_data, self.row_indices(step), seed=self.settings.seed, first=step * in_step)
         return [self.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def row_indices(self, step: int) -> list[int]:
@@ -151,8 +150,8 @@ class TrainingLoop:
     def accumulate_gradients(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Leave in `.grad` the gradient of the mean loss over all targets of `batches`, plus the penalty's.
 
-        Of several processes each computes its share, and all end with the same gradient. Earlier gradients are dropped.
-        Works without `fit`, and leaves the model's train or eval mode alone.
+        Of several processes each computes its share, and all get the whole gradient. Earlier gradients are dropped; the
+        model's train or eval mode stays. Works without `fit`.
 
         Returns:
             The named means: "loss", the loss's parts, "penalty" where there is one (tensors), and "targets", the count;
@@ -251,15 +250,8 @@ class TrainingLoop:
         self.ranks.settle(self.model)
         return self.configure_optimizer()
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer."""
-        return self._configured[0]
-
-    @property
-    def scheduler(self) -> Any:
-        """The learning-rate scheduler."""
-        return self._configured[1]
+    optimizer = property(lambda self: self._configured[0], doc="The optimizer.")
+    scheduler = property(lambda self: self._configured[1], doc="The learning-rate scheduler.")
 
     def fit(self, *, resume: bool = False, strict: bool = False) -> History:
         """Run the steps not yet done and return the history.
@@ -322,6 +314,7 @@ class TrainingLoop:
             self.history.append(row)
             self._emit("on_step_end", row)
             self._look(row)
+            self.keeper.record(row)
             self.leave_if_told()
         self.keeper.finish(self)
         self._emit("on_fit_end")
@@ -345,7 +338,11 @@ class TrainingLoop:
         return self.eval_data is not None and self.step > 0 and at_this_step
 
     def leave_if_told(self) -> None:
-        """Leave `fit` where a signal has told any of the processes to."""
+        """Leave `fit` where a signal has told any of the processes to.
+
+        Raises:
+            BaseException: a KeyboardInterrupt after SIGINT, a SystemExit after SIGTERM.
+        """
         if self.signals.watching and (number := max(self.ranks.exchange(self.signals.received))):
             raise told_by(number, self.step, self.settings.folder)
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from llmtune.training.memory import peak_memory
-from llmtune.types import Callback, Penalty
-
-
-def watchers(penalties: Sequence[Penalty], callbacks: Sequence[Callback], *, progress: bool) -> list[Callback]:
-    """Return what watches a run, each once: penalties that are callbacks themselves, the callbacks, the progress."""
-    own = [Progress()] if progress else []
-    watching = [*(penalty for penalty in penalties if isinstance(penalty, Callback)), *callbacks, *own]
-    return list({id(watcher): watcher for watcher in watching}.values())
+from llmtune.types import Callback
 
 
 class Progress(Callback):

@@ -16,6 +16,7 @@ from llmtune.training.checkpoint import newest_valid
 from llmtune.training.checkpoint_folder import list_checkpoints, step_name
 from llmtune.training.checkpoint_read import read_checkpoint
 from llmtune.training.checkpoint_state import split_tensors
+from llmtune.training.csv_log import CsvLog
 from llmtune.training.randomness import seed_everything
 from llmtune.training.sharding import gathered
 
@@ -39,6 +40,7 @@ class Keeper:
         self.protected: set[int] = set()
         self.fingerprints: dict[str, str | None] = {}
         self._writer: CheckpointWriter | None = None
+        self._csv: CsvLog | None = None
 
     def start(self, loop: TrainingLoop, *, resume: bool, strict: bool) -> None:
         """Load the newest whole checkpoint, or make sure that a new run may begin; find out whether it can be saved."""
@@ -49,6 +51,14 @@ class Keeper:
             seed_everything(loop.settings.seed)
         check_can_save(loop)
         self.saved_step = loop.step
+        if loop.settings.folder is not None and loop.ranks.main:
+            self._csv = CsvLog(Path(loop.settings.folder) / "history.csv")
+            self._csv.start(loop.history)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Add a step, which is the history's last by now, to `history.csv`."""
+        if self._csv is not None:
+            self._csv.append(row)
 
     def save(self, loop: TrainingLoop) -> Path | None:
         """Write a checkpoint of the run as it stands and return its folder; None where the settings have no folder.
@@ -85,7 +95,8 @@ class Keeper:
         try:
             if self._writer is not None and not (failed and loop.ranks.processes > 1):
                 self._announce(loop, loop.ranks.in_main(self._writer.wait))
-            write_history(loop)
+            if self._csv is not None:
+                self._csv.close()
         except (OSError, CheckpointError) as error:
             if not failed:
                 raise
@@ -93,7 +104,6 @@ class Keeper:
 
     def _announce(self, loop: TrainingLoop, published: list[Path]) -> None:
         for path in published:
-            write_history(loop)
             loop._emit("on_save", path)
 
 
@@ -116,12 +126,6 @@ def files_of(loop: TrainingLoop) -> Callable[[Path], None] | None:
     return write
 
 
-def write_history(loop: TrainingLoop) -> None:
-    """Write `history.csv` into the run's folder; the main process alone."""
-    if loop.settings.folder is not None and loop.history and loop.ranks.main:
-        loop.history.to_csv(Path(loop.settings.folder) / "history.csv")
-
-
 def refuse_used_folder(folder: str | Path | None) -> None:
     """Raise where a new run would write among another run's checkpoints.
 
@@ -141,10 +145,13 @@ def check_can_save(loop: TrainingLoop) -> None:
 
     Raises:
         CheckpointError: the folder cannot be made or written.
-        TypeError: the state of the loop, its optimizer, schedule or callbacks holds what is neither tensor nor JSON.
+        TypeError: the tokenizer cannot be saved; or the state of the loop, its optimizer, schedule or callbacks holds
+            what is neither tensor nor JSON.
     """
     if loop.settings.folder is None:
         return
+    if loop.tokenizer is not None and not hasattr(loop.tokenizer, "save_pretrained"):
+        raise TypeError(f"a tokenizer with save_pretrained is expected; got a {type(loop.tokenizer).__name__}")
     folder = Path(loop.settings.folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,7 @@ class Wandering(TrainingLoop):
 class ForgetsMomentum(TrainingLoop):
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self._optimizer = (torch.optim.AdamW(self.model.parameters(), lr=1e-2), self.scheduler)
+        self._configured = (torch.optim.AdamW(self.model.parameters(), lr=1e-2), self.scheduler)
 
 
 class ForgetsRandomness(TrainingLoop):

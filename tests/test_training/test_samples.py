@@ -27,6 +27,10 @@ class Letters:
         assert skip_special_tokens
         return "".join(f"<{token}>" for token in ids)
 
+    def save_pretrained(self, folder):
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text("{}")
+
 
 def loop(callbacks, model=None, **changed):
     settings = LoopSettings(

@@ -17,7 +17,7 @@ from llmtune.training.settings import LoopSettings
         ({"max_steps": 1, "rows_per_micro_batch": 0}, "rows_per_micro_batch must be a whole number"),
         ({"max_steps": 1, "learning_rate": -1e-4}, "learning_rate must be a number of at least 0; got -0.0001"),
         ({"max_steps": 1, "learning_rate": float("nan")}, "learning_rate must be a number of at least 0; got nan"),
-        ({"max_steps": 1, "warmup_steps": 0.1}, "warmup_steps must be a whole number of steps; got 0.1"),
+        ({"max_steps": 1, "warmup_steps": 0.1}, "warmup_steps must be a whole number of at least 0; got 0.1"),
         ({"max_steps": 1, "clip_norm": 0.0}, "clip_norm must be above 0"),
         ({"max_steps": 1, "schedule": "linaer"}, "schedule must be one of linear, .*; got 'linaer'"),
         ({"max_steps": 1, "precision": "bfloat16"}, "precision must be .*; got 'bfloat16'"),
