@@ -1,7 +1,5 @@
 """What a machine can do, and what of it a run reports."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -16,16 +14,28 @@ from llmtune.training.utilisation import Utilisation, matmul_ceiling
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_ceiling_is_what_products_take(dtype):
+def test_the_ceiling_is_measured_and_draws_nothing(dtype):
     state = torch.get_rng_state()
-    found = matmul_ceiling("cpu", dtype, seconds=0.1)
+    assert matmul_ceiling("cpu", dtype, seconds=0.05) > 1e6
     assert torch.equal(torch.get_rng_state(), state)
-    one = torch.randn(256, 256).to(dtype)
-    one @ one
-    began = time.perf_counter()
-    one @ one
-    mine = 2 * 256**3 / (time.perf_counter() - began)
-    assert found > mine / 100, "of the same order, whatever else the machine does"
+
+
+def test_the_ceiling_is_the_best_size_of_those_there_is_time_for(monkeypatch):
+    speeds, tried = {256: 3e9, 512: 7e9, 1024: 5e9, 2048: 11e9}, set()
+
+    def timed(one, other, repeats):
+        tried.add(one.shape[0])
+        assert one.shape == other.shape
+        assert one.dtype == torch.bfloat16
+        return repeats * 2 * one.shape[0] ** 3 / speeds[one.shape[0]]
+
+    monkeypatch.setattr("llmtune.training.utilisation._timed", timed)
+    monkeypatch.setattr("llmtune.training.utilisation.time.perf_counter", lambda: 0.0)
+    assert matmul_ceiling("cpu", torch.bfloat16, seconds=60.0) == pytest.approx(11e9)
+    assert tried == set(speeds)
+    tried.clear()
+    assert matmul_ceiling("cpu", torch.bfloat16, seconds=1.0) == pytest.approx(7e9)
+    assert tried == {256, 512, 1024}, "three products of 2048 would take 7 s at the best speed so far"
 
 
 def run(callbacks, **changed):
