@@ -32,7 +32,7 @@ class History(list[dict[str, Any]]):
         return list(dict.fromkeys(name for row in self for name in row))
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the rows as CSV, in one move, and return its path; a failed write leaves an older file as it was."""
+        """Write the rows as CSV, in one move, and return its path; one that fails leaves an older file as it was."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

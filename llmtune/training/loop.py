@@ -34,7 +34,7 @@ from llmtune.training.settings import LoopSettings
 from llmtune.training.signals import StopSignals, Told, told_by
 from llmtune.training.streams import StreamRows, is_stream
 from llmtune.training.sums import add_share, clip_gradients, drop_gradients, gradient_norm, real_tokens
-from llmtune.training.switches import activation_checkpointing, autocast, compiled
+from llmtune.training.switches import autocast, checkpointing, compiled
 from llmtune.training.watchers import watchers
 from llmtune.training.workers import BatchesAhead
 from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty, Rows
@@ -270,9 +270,12 @@ class TrainingLoop:
         """
         self.keeper.start(self, resume=resume, strict=strict)
         self.ranks.start_equal(self.model)
-        in_blocks = activation_checkpointing(self.model, self.settings.activation_checkpointing)
         try:
-            with self.signals, train_mode(self.model), in_blocks:
+            with (
+                self.signals,
+                train_mode(self.model),
+                checkpointing(self.model, self.settings.activation_checkpointing),
+            ):
                 self._run()
         except BaseException as error:
             if isinstance(error, Told) and self.keeper.saved_step != self.step:
@@ -341,7 +344,7 @@ class TrainingLoop:
         """Leave `fit` where a signal has told any of the processes to.
 
         Raises:
-            BaseException: a KeyboardInterrupt after SIGINT, a SystemExit after SIGTERM.
+            Told: also a KeyboardInterrupt after SIGINT, a SystemExit after SIGTERM.
         """
         if self.signals.watching and (number := max(self.ranks.exchange(self.signals.received))):
             raise told_by(number, self.step, self.settings.folder)

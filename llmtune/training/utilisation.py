@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 
 from llmtune.modules import unwrap
 from llmtune.training.checks import loss_and_parts
+from llmtune.training.flops import count_flops
 from llmtune.training.memory import peak_memory
 from llmtune.training.sums import real_tokens
 from llmtune.training.untouched import untouched
@@ -71,67 +69,6 @@ def _timed(one: Tensor, other: Tensor, repeats: int) -> float:
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def count_flops(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Return the floating-point operations of a forward pass and of the backward pass to `parameters`.
-
-    Counted by `torch.utils.flop_counter.FlopCounterMode`: matrix products, convolutions and torch's own attention (a
-    causal one in full, though kernels leave half of it out). Recomputed activations count again. It does not see:
-    elementwise work, norms and softmax; kernels of other libraries (flash-attn, bitsandbytes, Triton), unless they
-    have registered a formula; what runs inside a compiled function, so that the model is run uncompiled here; the
-    optimizer. No gradient is left in `.grad`.
-
-    Args:
-        loss: computes a scalar that carries a gradient.
-        parameters: what is trained, any shapes; those that require no gradient are passed over.
-
-    Example:
-        >>> weight = torch.ones(5, 3, requires_grad=True)
-        >>> count_flops(lambda: (torch.ones(7, 3) @ weight.T).sum(), [weight])  # two products of 2 * 7 * 3 * 5
-        420
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
-    counter = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
-    whole: Any = _Whole()  # torch's own tracker hooks gradients, and fails where a leaf enters a module
-    counter.mod_tracker = whole
-    compiled = "torch._dynamo" in sys.modules  # else nothing is, and loading it takes a second
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter:
-        torch.autograd.grad(loss(), wanted, allow_unused=True)
-    torch.clear_autocast_cache()  # casts that belong to a graph which is gone
-    return counter.get_total_flops()
-
-
-class _Whole:
-    """Stands where the counter keeps track of the module it is in: everything is counted as one."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def _attention_on_cpu() -> dict[Any, Callable[..., int]]:
-    """Return formulas for the CPU's attention kernel, which torch's table leaves out: as for those of a GPU."""
-
-    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        batch, heads, length, size = query
-        return 2 * batch * heads * length * key[2] * (size + value[3])
-
-    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        batch, heads, length, size = query  # scores anew, and the gradients of scores, query, key and value
-        return 2 * batch * heads * length * key[2] * (3 * size + 2 * value[3])
-
-    ops = torch.ops.aten
-    return {
-        ops._scaled_dot_product_flash_attention_for_cpu: forward,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
 
 
 class Utilisation(Callback):
