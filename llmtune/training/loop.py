@@ -99,8 +99,7 @@ class TrainingLoop:
         self.rows_per_micro_batch = settings.rows_per_micro_batch or -(-settings.rows_per_step // self.ranks.world)
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.keeper = Keeper()  # of checkpoints
-        self.signals = StopSignals()
+        self.keeper, self.signals = Keeper(), StopSignals()  # of checkpoints; of what asks the run to stop
 
     def configure_optimizer(self) -> tuple[torch.optim.Optimizer, Any]:
         """Return (optimizer, learning-rate scheduler): AdamW over what requires a gradient, the settings' schedule."""
@@ -270,12 +269,9 @@ class TrainingLoop:
         """
         self.keeper.start(self, resume=resume, strict=strict)
         self.ranks.start_equal(self.model)
+        in_blocks = checkpointing(self.model, self.settings.activation_checkpointing)
         try:
-            with (
-                self.signals,
-                train_mode(self.model),
-                checkpointing(self.model, self.settings.activation_checkpointing),
-            ):
+            with self.signals, train_mode(self.model), in_blocks:
                 self._run()
         except BaseException as error:
             if isinstance(error, Told) and self.keeper.saved_step != self.step:
