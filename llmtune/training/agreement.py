@@ -20,6 +20,7 @@ from llmtune.errors import CheckpointError
 from llmtune.training.checkpoint import fingerprint
 from llmtune.training.randomness import keyed_randomness
 from llmtune.training.settings import ROUNDING
+from llmtune.training.sharding import whole
 from llmtune.types import Rows
 
 if TYPE_CHECKING:
@@ -140,11 +141,6 @@ def data_fingerprint(data: Rows | Any) -> str | None:
 def shape_of(tensor: Tensor) -> list[Any]:
     """Return [shape, dtype] as JSON values."""
     return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
-
-
-def whole(tensor: Any) -> Tensor:
-    """Return a tensor that may be spread over processes as one; call it in all of them."""
-    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 
 def _as_json(value: Any) -> Any:

@@ -18,12 +18,11 @@ from llmtune.training.agreement import (
     same_model,
     same_run,
     shape_of,
-    whole,
 )
 from llmtune.training.checkpoint import fingerprint
 from llmtune.training.history import History
 from llmtune.training.randomness import random_state, set_random_state
-from llmtune.training.sharding import gathered, spread_like
+from llmtune.training.sharding import gathered, spread_like, whole
 from llmtune.types import Callback
 
 if TYPE_CHECKING:

@@ -105,6 +105,11 @@ def give_up_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
+def whole(tensor: Any) -> Tensor:
+    """Return a tensor that may be spread over processes as one; call it in all of them."""
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
 def gathered(state: Any, *, keep: bool) -> Any:
     """Return nested state with every tensor that is spread over processes whole, on the CPU; call it in all of them.
 

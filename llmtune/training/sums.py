@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.training.sharding import is_dtensor
+from llmtune.training.sharding import is_dtensor, whole
 from llmtune.types import Batch
 
 
@@ -34,15 +34,7 @@ def drop_gradients(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the Euclidean norm of all gradients of the model together, a scalar; of all shards together."""
-    by_mesh: dict[Any, list[Tensor]] = {}
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
-    norms = []
-    for gradients in by_mesh.values():
-        norm: Any = nn.utils.get_total_norm(gradients)
-        norms.append(norm.full_tensor() if is_dtensor(norm) else norm)
-    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
+    return _norm(_gradients(model))
 
 
 def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
@@ -50,13 +42,32 @@ def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
 
     Gradients that are not finite are left as they are, so that one sees where they arose.
     """
-    norm = gradient_norm(model)
-    if largest is not None:
-        gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        gradients = [gradient.to_local() if is_dtensor(gradient) else gradient for gradient in gradients]
+    gradients = _gradients(model)
+    norm = _norm(gradients)
+    if largest is not None and gradients:
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, torch.where(norm.isfinite(), factor, 1.0))
+        local = [gradient.to_local() if _is_spread(gradient) else gradient for gradient in gradients]
+        torch._foreach_mul_(local, torch.where(norm.isfinite(), factor, 1.0))
     return norm
+
+
+def _gradients(model: nn.Module) -> list[Any]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def _is_spread(gradient: Any) -> bool:
+    return type(gradient) is not Tensor and is_dtensor(gradient)  # asking a plain tensor for what it has not is slow
+
+
+def _norm(gradients: list[Any]) -> Tensor:
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        mesh = gradient.device_mesh if _is_spread(gradient) else None
+        by_mesh.setdefault(mesh, []).append(gradient)
+    norms = [nn.utils.get_total_norm(found) for found in by_mesh.values()]
+    if None not in by_mesh:
+        norms = [whole(norm) for norm in norms]
+    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm([whole(norm) for norm in norms])
 
 
 def real_tokens(batch: Batch) -> int:
