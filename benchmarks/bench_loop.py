@@ -1,6 +1,6 @@
 """What a training loop costs beside the training: time outside forward, backward and optimizer, ours and HF Trainer's.
 
-    python benchmarks/bench_loop.py --data train.jsonl [--milliseconds 50] [--steps 60] [--pairs 5] [--threads 2] [--write]
+    python benchmarks/bench_loop.py --data train.jsonl [--milliseconds 50] [--steps 60] [--pairs 5] [--write]
 
 A Llama whose optimizer step takes about `--milliseconds` on this machine learns the bytes of real text, by our
 `TrainingLoop` and by Hugging Face's `Trainer`, in turns: the same rows in the same order, padded by the same collate
@@ -9,7 +9,7 @@ step by step before anything is reported. Forward is all of `compute_loss`, back
 `AdamW.step`; what is left of a step's wall time is the loop's: data, collating, scaling, clipping, checking, logging,
 recording. Both log every 10 steps and show no bar; "saving" is left out of both.
 
-`--data` is a JSONL file of Alpaca's rows (instruction, input, output), as from huggingface.co/datasets/tatsu-lab/alpaca.
+`--data` is a JSONL file of rows such as those of Alpaca (huggingface.co/datasets/tatsu-lab/alpaca).
 """
 
 from __future__ import annotations
