@@ -239,20 +239,28 @@ def test_r_drop_of_two_known_predictions(shape):
     assert float(found) == pytest.approx(total / len(places), rel=1e-12)
 
 
-def test_r_drop_draws_dropout_twice_and_teaches_both_draws():
+def test_r_drop_draws_dropout_twice():
     model, masks = tiny_gpt2(dropout=0.3).train(), []
     model.transformer.drop.register_forward_hook(lambda m, given, made: masks.append(made == 0))
     loop = loop_of("RDrop", model)
     loop.accumulate_gradients(loop.micro_batches(0))
     assert len(masks) == 2
     assert not torch.equal(*masks)
-    a, b = torch.randn(2, 3, 7, requires_grad=True).unbind()
-    loop.shift = 0
-    targets = torch.tensor([1, 2, 3])
+
+
+def test_r_drop_has_the_gradient_of_both_divergences_in_both_draws():
+    a, b = torch.randn(2, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    a, b, targets = a.requires_grad_(), b.requires_grad_(), torch.tensor([1, 5, 3])
+    loop = loop_of("RDrop", tiny_gpt2())
+    loop.alpha, loop.shift = 0.7, 0
     found = torch.autograd.grad(loop.compute_loss(Known(a, b), {"labels": targets}), (a, b))
-    for one, gradient in zip((a, b), found, strict=True):
-        hard = torch.autograd.grad(F.cross_entropy(one, targets) / 2, one)[0]
-        assert (gradient - hard).abs().max() > 1e-3  # the divergence reaches both
+    for one, other, gradient in ((a, b, found[0]), (b, a, found[1])):
+        p, q = one.detach().softmax(-1), other.detach().softmax(-1)
+        ratio = p.log() - q.log()
+        of_p_to_q = p * (ratio - (p * ratio).sum(-1, keepdim=True))  # of KL(p || q) in the logits of p
+        of_q_to_p = p - q  # of KL(q || p)
+        hard = p - F.one_hot(targets, 7)
+        close(gradient, (hard + 0.7 * (of_p_to_q + of_q_to_p)) / 2 / 3)
 
 
 def test_distillation_has_the_gradient_of_soft_and_hard_targets():
