@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -362,3 +363,12 @@ def test_fingerprints_tell_models_apart():
     assert fingerprint(tensor) != fingerprint(other)
     assert fingerprint(torch.tensor(1.0)) != fingerprint(torch.tensor(2.0))
     assert fingerprint(torch.ones(3, dtype=torch.bfloat16)) == fingerprint(torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_the_page_on_resuming_names_tests_that_there_are():
+    here = Path(__file__).parent
+    page = (here.parents[1] / "docs" / "how-to" / "resume.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {name for file in here.glob("test_*.py") for name in re.findall(r"(?m)^def (test_\w+)", file.read_text())}
+    assert len(named) >= 13
+    assert named - there == set()
