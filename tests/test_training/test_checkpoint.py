@@ -68,7 +68,7 @@ def test_odd_tensors_and_numbers_go_round(tmp_path):
     state = {
         "a.b": whole,
         "a": {"b": whole[2:5], "b~": whole.T},  # one path for two tensors, and three tensors in one storage
-        "__metadata__": whole.to(torch.complex64).conj() * 1j,
+        "__metadata__": (whole * (2 + 1j)).to(torch.complex64).conj(),
         "numbers": [math.inf, -math.inf, 1e-300],
         "empty": torch.zeros(0, 3),
     }
