@@ -96,7 +96,7 @@ def check_killed(make: MakeRun, *, kills: int = 40, seed: int = 0) -> KillReport
             run.until_killed(way, when)
             if run.killed:
                 before, newest = before + 1, _newest(folder, no_older=newest)
-                _count(report, folder, way)
+                _count(report, folder, way, run.process)
                 continue
             _same(_outcome_of(run, killed=before), wanted, killed=before)
             report.runs += before > 0
@@ -110,8 +110,8 @@ class _Run:
     def __init__(self, make: MakeRun, folder: Path, *, calls: int = 0, saves: int = 1) -> None:
         self.saves, self.killed, self.said = saves, False, b""
         self._pipe, write = os.pipe()
-        self._process = os.fork()
-        if self._process == 0:
+        self.process = os.fork()
+        if self.process == 0:
             os.close(self._pipe)
             _live(make, folder, write, calls=calls, saves=saves)  # does not return
         os.close(write)
@@ -123,7 +123,7 @@ class _Run:
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             if not select.select([self._pipe], [], [], left)[0]:
-                os.kill(self._process, signal.SIGKILL)
+                os.kill(self.process, signal.SIGKILL)
                 break
             read = os.read(self._pipe, 1 << 16)
             self.said += read
@@ -131,7 +131,7 @@ class _Run:
                 break
             if way == "a while into a save" and deadline is None and self.said.count(b"\n") >= self.saves:
                 deadline = time.monotonic() + when
-        status = os.waitpid(self._process, 0)[1]
+        status = os.waitpid(self.process, 0)[1]
         os.close(self._pipe)
         self.killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         return time.monotonic() - began
@@ -213,11 +213,12 @@ def _hash(tensor: torch.Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def _count(report: KillReport, folder: Path, way: str) -> None:
+def _count(report: KillReport, folder: Path, way: str, process: int) -> None:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     report.kills += 1
     report.ways[way] += 1
-    report.in_saves += any(name.startswith(_HIDDEN) for name in names)
+    own = f"-{process}-"  # what the one killed before it left may still be there
+    report.in_saves += any(name.startswith(_HIDDEN) and own in name for name in names)
     report.before_any += not any(name.startswith("step-") for name in names)
 
 
