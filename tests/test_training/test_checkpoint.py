@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def test_odd_tensors_and_numbers_go_round(tmp_path):
     state = {
         "a.b": whole,
         "a": {"b": whole[2:5], "b~": whole.T},  # one path for two tensors, and three tensors in one storage
-        "__metadata__": whole.to(torch.complex64).conj() * 1j,
+        "__metadata__": (whole * (2 + 1j)).to(torch.complex64).conj(),
         "numbers": [math.inf, -math.inf, 1e-300],
         "empty": torch.zeros(0, 3),
     }
@@ -362,3 +363,12 @@ def test_fingerprints_tell_models_apart():
     assert fingerprint(tensor) != fingerprint(other)
     assert fingerprint(torch.tensor(1.0)) != fingerprint(torch.tensor(2.0))
     assert fingerprint(torch.ones(3, dtype=torch.bfloat16)) == fingerprint(torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_the_page_on_resuming_names_tests_that_there_are():
+    here = Path(__file__).parent
+    page = (here.parents[1] / "docs" / "how-to" / "resume.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {name for file in here.glob("test_*.py") for name in re.findall(r"(?m)^def (test_\w+)", file.read_text())}
+    assert len(named) >= 13
+    assert named - there == set()
