@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class Keeper:
         self.fingerprints: dict[str, str | None] = {}
         self._writer: CheckpointWriter | None = None
         self._csv: CsvLog | None = None
+        self._adapters: list[str] = []
 
     def start(self, loop: TrainingLoop, *, resume: bool, strict: bool) -> None:
         """Load the newest whole checkpoint, or make sure that a new run may begin; find out whether it can be saved."""
@@ -51,6 +52,7 @@ class Keeper:
             seed_everything(loop.settings.seed)
         check_can_save(loop)
         self.saved_step = loop.step
+        self._adapters = adapters_with_files(loop)
         if loop.settings.folder is not None and loop.ranks.main:
             self._csv = CsvLog(Path(loop.settings.folder) / "history.csv")
             self._csv.start(loop.history)
@@ -77,7 +79,7 @@ class Keeper:
         writer = self._writer = self._writer or CheckpointWriter(background=loop.settings.background_save)
 
         def write() -> list[Path]:
-            keep, more = loop.settings.keep, files_of(loop)
+            keep, more = loop.settings.keep, files_of(loop, self._adapters)
             writer.write(folder, loop.step, state, keep=keep, protect=self.protected, files=more)
             return [] if writer.background else writer.wait()
 
@@ -96,7 +98,7 @@ class Keeper:
             if self._writer is not None and not (failed and loop.ranks.processes > 1):
                 self._announce(loop, loop.ranks.in_main(self._writer.wait))
             if self._csv is not None:
-                self._csv.close()
+                self._csv.start(loop.history) if failed else self._csv.close()
         except (OSError, CheckpointError) as error:
             if not failed:
                 raise
@@ -107,23 +109,38 @@ class Keeper:
             loop._emit("on_save", path)
 
 
-def files_of(loop: TrainingLoop) -> Callable[[Path], None] | None:
-    """Return what writes the files that others read: the tokenizer, and each adapter in PEFT's format.
-
-    Adapters of a sharded model are left to `llmtune.adapters.save` after the run: no process holds one whole.
-    """
-    model = unwrap(loop.model)
-    names = [] if loop.ranks.sharded else adapter_names(model)
-    if loop.tokenizer is None and not names:
+def files_of(loop: TrainingLoop, adapters: Sequence[str]) -> Callable[[Path], None] | None:
+    """Return what writes the files that others read: the tokenizer, and adapters in PEFT's format."""
+    if loop.tokenizer is None and not adapters:
         return None
 
     def write(folder: Path) -> None:
         if loop.tokenizer is not None:
             loop.tokenizer.save_pretrained(folder / "tokenizer")
-        for name in names:
-            save_adapter(model, folder / "adapters" / name, name)
+        for name in adapters:
+            save_adapter(unwrap(loop.model), folder / "adapters" / name, name)
 
     return write
+
+
+def adapters_with_files(loop: TrainingLoop) -> list[str]:
+    """Return which adapters a checkpoint holds in PEFT's format too, found out by writing each once.
+
+    One that has no such file is told of in a line; its tensors are in the checkpoint all the same. Adapters of a sharded
+    model are left to the end of the run: no process holds one whole.
+    """
+    if loop.settings.folder is None or loop.ranks.sharded or not loop.ranks.main:
+        return []
+    found = []
+    for name in adapter_names(unwrap(loop.model)):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                save_adapter(unwrap(loop.model), Path(folder) / name, name)
+            except (TypeError, ValueError) as error:
+                print(f'checkpoints hold adapter "{name}", but no file of it for others: {error}')
+            else:
+                found.append(name)
+    return found
 
 
 def refuse_used_folder(folder: str | Path | None) -> None:
