@@ -126,8 +126,8 @@ def files_of(loop: TrainingLoop, adapters: Sequence[str]) -> Callable[[Path], No
 def adapters_with_files(loop: TrainingLoop) -> list[str]:
     """Return which adapters a checkpoint holds in PEFT's format too, found out by writing each once.
 
-    One that has no such file is told of in a line; its tensors are in the checkpoint all the same. Adapters of a sharded
-    model are left to the end of the run: no process holds one whole.
+    One that has no such file is told of in a line; its tensors are in the checkpoint all the same. Adapters of a
+    sharded model are left to the end of the run: no process holds one whole.
     """
     if loop.settings.folder is None or loop.ranks.sharded or not loop.ranks.main:
         return []
