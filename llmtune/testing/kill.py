@@ -33,7 +33,7 @@ MakeRun = Callable[[Path], Any]
 
 _HIDDEN = (".tmp-step-", ".old-step-", ".gone-step-")  # what a save leaves that is cut off
 _TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-_WAYS = {"at any moment": 0.5, "a while into a save": 0.25, "at a call of a save": 0.25}
+_WAYS = {"at any moment": 0.4, "a while into a save": 0.25, "at a call of a save": 0.35}
 
 
 @dataclass
