@@ -33,7 +33,7 @@ MakeRun = Callable[[Path], Any]
 
 _HIDDEN = (".tmp-step-", ".old-step-", ".gone-step-")  # what a save leaves that is cut off
 _TOUCHES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-_WAYS = {"at any moment": 0.5, "a while into a save": 0.25, "at a call of a save": 0.25}
+_WAYS = {"at any moment": 0.4, "a while into a save": 0.25, "at a call of a save": 0.35}
 
 
 @dataclass
@@ -85,22 +85,22 @@ def check_killed(make: MakeRun, *, kills: int = 40, seed: int = 0) -> KillReport
         alone = _Run(make, Path(temporary) / "alone")
         took = alone.until_killed("", 0.0)
         wanted = _outcome_of(alone, killed=0)
-        folder, before, newest = Path(temporary) / "0", 0, -1
-        while report.kills < kills or before:
-            way, when = "", 0.0
-            if report.kills < kills:
-                way = draw.choices(list(_WAYS), list(_WAYS.values()))[0]
-                when = draw.random() * {"at any moment": took}.get(way, alone.save_seconds())
-            calls = draw.randint(1, alone.save_calls()) if way == "at a call of a save" else 0
-            run = _Run(make, folder, calls=calls, saves=draw.randint(1, 2))
-            run.until_killed(way, when)
-            if run.killed:
-                before, newest = before + 1, _newest(folder, no_older=newest)
+        while report.kills < kills:
+            folder, before, newest = Path(tempfile.mkdtemp(dir=temporary)), 0, -1
+            while True:
+                way, when = "", 0.0
+                if report.kills < kills:
+                    way = draw.choices(list(_WAYS), list(_WAYS.values()))[0]
+                    when = draw.random() * {"at any moment": took}.get(way, alone.save_seconds())
+                calls = draw.randint(1, alone.save_calls()) if way == "at a call of a save" else 0
+                run = _Run(make, folder, calls=calls, saves=draw.randint(1, 2))
+                run.until_killed(way, when)
+                if not run.killed:
+                    break
+                before, newest = before + 1, _newest(folder, no_older=max(newest, run.published()))
                 _count(report, folder, way, run.process)
-                continue
             _same(_outcome_of(run, killed=before), wanted, killed=before)
             report.runs += before > 0
-            folder, before, newest = Path(temporary) / str(report.runs) / str(report.kills), 0, -1
     return report
 
 
@@ -129,12 +129,19 @@ class _Run:
             self.said += read
             if not read:
                 break
-            if way == "a while into a save" and deadline is None and self.said.count(b"\n") >= self.saves:
+            if way == "a while into a save" and deadline is None and self.said.count(b"saving\n") >= self.saves:
                 deadline = time.monotonic() + when
+        while read := os.read(self._pipe, 1 << 16):  # what it said before it was killed
+            self.said += read
         status = os.waitpid(self.process, 0)[1]
         os.close(self._pipe)
         self.killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         return time.monotonic() - began
+
+    def published(self) -> int:
+        """Return the newest step that this process has published, as far as it came to tell; -1 where there is none."""
+        lines = self.said.split(b"\n")[:-1]
+        return max((int(line.split()[1]) for line in lines if line.startswith(b"published")), default=-1)
 
     def result(self) -> dict[str, Any]:
         """Return what the process said last: its outcome, or the error it stopped with."""
@@ -170,19 +177,24 @@ def _live(make: MakeRun, folder: Path, pipe: int, *, calls: int, saves: int) -> 
 
 def _watch(seen: dict[str, Any], pipe: int, *, calls: int, saves: int) -> None:
     """Count the saves of this process and the calls that touch their hidden files; die at one of them."""
-    began, counted = 0.0, 0
+    began, counted, published = 0.0, 0, b""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal began, counted
+        nonlocal began, counted, published
         if event not in _TOUCHES:
             return
+        if published:  # an event comes before what it is about: the rename has been done by now
+            os.write(pipe, published)
+            published = b""
         path = arguments[0]
         if not isinstance(path, str | os.PathLike) or not any(mark in os.fspath(path) for mark in _HIDDEN):
             return
         if event == "os.mkdir" and os.path.basename(path).startswith(_HIDDEN[0]):
             began, counted = time.monotonic(), 0
             seen["saves"] += 1
-            os.write(pipe, b"\n")
+            os.write(pipe, b"saving\n")
+        if event == "os.rename" and (name := os.path.basename(arguments[1])).startswith("step-"):
+            published = f"published {int(name.removeprefix('step-'))}\n".encode()
         counted += 1
         if counted == calls and seen["saves"] >= saves:
             os.kill(os.getpid(), signal.SIGKILL)

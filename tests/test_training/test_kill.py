@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import time
 from functools import partial
 
 import numpy as np
@@ -77,7 +78,7 @@ class RemovesFirst(TrainingLoop):
 
     def save(self):
         for path in self.settings.folder.glob("step-*"):
-            path.rename(path.with_name(f"away-{self.step}-{path.name}"))
+            path.rename(path.with_name(f"away-{time.time_ns()}-{path.name}"))
         super().save()
 
 
