@@ -21,11 +21,11 @@ import torch
 from common import RESULTS, report, table
 
 from llmtune.testing.kill import KillReport, check_killed
-from llmtune.testing.restless import SavingBehind, restless_run
+from llmtune.testing.restless import restless_run
 
 RUNS: dict[str, Callable[[Path], Any]] = {
     "saves, then goes on": restless_run,
-    "saves in the background": partial(restless_run, kind=SavingBehind),
+    "saves in the background": partial(restless_run, background=True),
 }
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from llmtune.data.collate import collate_padded
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_gpt2
-from llmtune.training.background import CheckpointWriter
-from llmtune.training.history import History
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
 from llmtune.types import Callback
@@ -67,33 +65,20 @@ class RememberingPenalty(Callback):
         self.mean, self.count = state["mean"].clone(), int(state["count"])
 
 
-class SavingBehind(TrainingLoop):
-    """A loop whose checkpoints are written in a thread, by a writer of its own."""
-
-    def save(self) -> Path | None:
-        """Hand the state over and go on."""
-        self.writer.write(str(self.settings.folder), self.step, self.state_dict(), keep=self.settings.keep)
-        return None
-
-    def fit(self, *, resume: bool = False) -> History:
-        """Train, and wait for the last checkpoint."""
-        self.writer = CheckpointWriter(background=True)
-        history = super().fit(resume=resume)
-        self.writer.wait()
-        return history
-
-
-def restless_run(folder: Path, *, kind: type[TrainingLoop] = TrainingLoop, steps: int = 11) -> TrainingLoop:
+def restless_run(
+    folder: Path, *, kind: type[TrainingLoop] = TrainingLoop, steps: int = 11, background: bool = False
+) -> TrainingLoop:
     """Return a run with dropout, random rows, accumulation, and a penalty that has state; it saves every second step.
 
     Args:
         folder: for its checkpoints.
         kind: the loop's class.
         steps: optimizer steps.
+        background: whether checkpoints are written in a thread.
     """
     settings = LoopSettings(
         max_steps=steps, rows_per_step=4, rows_per_micro_batch=2, learning_rate=1e-2, folder=folder, save_every=2,
-        progress=False,
+        background_save=background, progress=False,
     )  # fmt: skip
     return kind(
         tiny_gpt2(dropout=0.2), RestlessRows(), settings=settings, collate=collate_padded,

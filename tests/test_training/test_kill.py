@@ -1,6 +1,5 @@
 """Runs that are killed, again and again, end bit for bit as the one that is left alone."""
 
-import dataclasses
 import os
 import random
 import time
@@ -12,20 +11,13 @@ import torch
 
 from llmtune.errors import LawBroken
 from llmtune.testing.kill import check_killed
-from llmtune.testing.restless import RestlessRows, SavingBehind, restless_run
+from llmtune.testing.restless import RestlessRows, restless_run
 from llmtune.training.loop import TrainingLoop
-from llmtune.training.settings import LoopSettings
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork a process")
 
 
-def behind(folder):
-    """A run that writes its checkpoints in the background, by the loop's own knob where it has one."""
-    if "background_save" not in {field.name for field in dataclasses.fields(LoopSettings)}:
-        return restless_run(folder, kind=SavingBehind)
-    loop = restless_run(folder)
-    loop.settings = dataclasses.replace(loop.settings, background_save=True)
-    return loop
+behind = partial(restless_run, background=True)
 
 
 @pytest.mark.slow
@@ -57,9 +49,15 @@ def test_a_few_kills_change_nothing():
 
 
 class ForgetsRandomness(TrainingLoop):
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        torch.manual_seed(999)
+    """Draws from a generator of its own, which no checkpoint holds."""
+
+    def training_step(self, batches):
+        if not hasattr(self, "generator"):
+            self.generator = torch.Generator().manual_seed(0)
+        metrics = super().training_step(batches)
+        weight = self.model.lm_head.weight
+        weight.data.add_(1e-3 * torch.randn(weight.shape, generator=self.generator))
+        return metrics
 
 
 class ForgetsMomentum(TrainingLoop):
@@ -98,10 +96,8 @@ class ShowsEarly(TrainingLoop):
         (ForgetsMomentum, "one result: after . kills .* is not what it is in the run that was left alone"),
         (WillNotGoOn, "one result: after . kills the resumed run stops with ValueError: seeded"),
         (RemovesFirst, r"nothing lost: the newest checkpoint was of step \d+; after a kill it is of -1"),
-        (
-            ShowsEarly,
-            r"nothing half: after a kill there is a checkpoint that is not whole: .*manifest\.json is missing",
-        ),
+        # or the kill came a moment later, and the next try to show it early met the first one
+        (ShowsEarly, r"nothing half: .* is not whole: .*manifest\.json is missing|FileExistsError"),
     ],
 )
 def test_a_loop_that_breaks_the_law_is_caught(kind, message):
