@@ -4,13 +4,16 @@ import json
 import math
 
 import pytest
+import torch
 
 from llmtune.errors import CheckpointError
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_llama
 from llmtune.training.best import Best, KeepBest
+from llmtune.training.checkpoint_folder import list_checkpoints
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
+from llmtune.types import Callback
 
 NAN, INF = math.nan, math.inf
 
@@ -89,6 +92,66 @@ def test_a_run_remembers_its_best_evaluation(tmp_path):
     assert len(losses) == 7
     assert keep.best_value == min(losses)
     assert keep.best_step == 1 + losses.index(min(losses))
+
+
+class Scripted(TrainingLoop):
+    """A run whose evaluations give what a list says, and which remembers its weights at each."""
+
+    script = (3.0, 1.0, 2.0, 4.0, 1.5, 5.0)
+
+    def evaluate(self):
+        self.seen = {**getattr(self, "seen", {}), self.step: self.model.lm_head.weight.detach().clone()}
+        return {"eval_loss": self.script[self.step - 1]}
+
+
+def scripted(folder, *, keep=None, **changed):
+    settings = LoopSettings(
+        **{"max_steps": 6, "rows_per_step": 4, "eval_every": 1, "learning_rate": 0.05, "folder": folder, "keep": 1,
+           "progress": False} | changed
+    )  # fmt: skip
+    keep = keep or KeepBest()
+    return Scripted(tiny_llama(), uneven_rows(), settings=settings, eval_data=uneven_rows(3), callbacks=[keep])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"folder": None}, {}, {"save_every": 1}, {"save_every": 2, "background_save": True}]
+)
+def test_the_best_weights_are_put_back(tmp_path, changed):
+    loop = scripted(**{"folder": tmp_path} | changed)
+    loop.fit()
+    assert loop.callbacks[0].best_step == 2
+    assert torch.equal(loop.model.lm_head.weight, loop.seen[2])
+    assert not torch.equal(loop.seen[2], loop.seen[6])
+
+
+def test_the_best_checkpoint_is_never_rotated_away(tmp_path):
+    scripted(tmp_path, save_every=1).fit()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000006"]
+
+
+def test_the_last_weights_stay_where_nothing_is_to_be_put_back(tmp_path):
+    loop = scripted(tmp_path, keep=KeepBest(restore=False))
+    loop.fit()
+    assert torch.equal(loop.model.lm_head.weight, loop.seen[6])
+
+
+def test_a_resumed_run_knows_its_best_checkpoint(tmp_path):
+    first = scripted(tmp_path, save_every=1)
+    first.callbacks.append(StopsAt(4))
+    first.fit()
+    resumed = scripted(tmp_path, save_every=1)
+    resumed.fit(resume=True)
+    assert resumed.step == 4, "a run that was ended stays ended"
+    assert torch.equal(resumed.model.lm_head.weight, first.seen[2])
+
+
+class StopsAt(Callback):
+    def __init__(self, step):
+        self.at = step
+
+    def on_step_end(self, loop, metrics):
+        if loop.step == self.at:
+            loop.stop("enough")
 
 
 def test_a_run_without_evaluations_is_refused():
