@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llmtune.training.randomness import keyed_randomness
@@ -52,6 +53,7 @@ class BatchesAhead:
         return DataLoader(
             _Steps(self._make, self._seed), batch_size=None, sampler=steps, num_workers=self._workers,
             multiprocessing_context=context, worker_init_fn=ignore_in_worker,
+            generator=torch.Generator(),  # else it draws from the run's own
         )  # fmt: skip
 
 
