@@ -189,7 +189,9 @@ def rows(*losses):
 def test_a_spike_is_measured_against_the_median():
     eight = rows(1.0, 5.0, 2.0, 7.0, 3.0, 4.0, 90.0, 6.0)  # the median of 1 ... 7 and 90 is 4.5
     check_spike(eight, 13.5, 3.0, step=9)
-    with pytest.raises(LossSpikeError, match=r"step 9: the loss 13.51 is more than 3 times 4.5, the median of the 8 st"):
+    with pytest.raises(
+        LossSpikeError, match=r"step 9: the loss 13.51 is more than 3 times 4.5, the median of the 8 st"
+    ):
         check_spike(eight, 13.51, 3.0, step=9)
     check_spike(eight, 1e9, None, step=9)
     check_spike(eight[:7], 1e9, 3.0, step=8)  # too few
