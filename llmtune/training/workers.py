@@ -54,7 +54,12 @@ class BatchesAhead:
             _Steps(self._make, self._seed), batch_size=None, sampler=steps, num_workers=self._workers,
             multiprocessing_context=context, worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # else it draws from the run's own
+            collate_fn=_as_it_is,  # else it makes tensors of arrays and lists of tuples
         )  # fmt: skip
+
+
+def _as_it_is(batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
 class _Steps(Dataset[Any]):
