@@ -34,7 +34,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 @contextmanager
-def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
     """Let a Hugging Face model compute its blocks' activations again in the backward pass, while the block runs.
 
     Raises:
