@@ -21,6 +21,7 @@ from llmtune.training.checkpoint import fingerprint
 from llmtune.training.randomness import keyed_randomness
 from llmtune.training.settings import ROUNDING
 from llmtune.training.sharding import whole
+from llmtune.training.streams import is_stream
 from llmtune.types import Rows
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def adapters_of(model: nn.Module) -> dict[str, dict[str, str]]:
 
 def row_count(data: Any) -> int | None:
     """Return how many rows there are; None for a stream."""
-    return len(data) if hasattr(data, "__getitem__") else None
+    return None if is_stream(data) else len(data)
 
 
 def data_fingerprint(data: Rows | Any) -> str | None:
@@ -153,6 +154,8 @@ def _as_json(value: Any) -> Any:
         return {str(key): _as_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_as_json(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return type(value).__name__

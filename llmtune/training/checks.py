@@ -6,14 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llmtune.losses.packed import check_documents_apart
+from llmtune.training.optimizer import check_schedule, steps_in_all
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import is_sharded
 from llmtune.training.streams import is_stream
+from llmtune.training.switches import check_checkpointing
 from llmtune.types import Batch, Penalty
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ def check_run(model: nn.Module, train_data: Any, eval_data: Any, settings: LoopS
     check_data(train_data, eval_data, settings)
     check_trainable(model)
     check_processes(model, settings.precision)
+    if settings.activation_checkpointing:
+        check_checkpointing(model)
+    check_schedule(settings, steps_in_all(settings, train_data))
 
 
 def check_rows(rows: Any, what: str) -> None:
@@ -66,6 +72,7 @@ def targets_of(loss: Any, batch: Batch) -> int:
 
     Raises:
         TypeError: the loss has no such method.
+        ValueError: it gives no whole number of at least 0.
     """
     count = getattr(loss, "count_targets", None)
     if count is None:
@@ -73,7 +80,13 @@ def targets_of(loss: Any, batch: Batch) -> int:
             f"the loop must know over how many targets {loss!r} takes its mean: give it a "
             "count_targets(batch) method, or override TrainingLoop.count_targets"
         )
-    return int(count(batch))
+    given = count(batch)
+    number = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if not isinstance(number, int | float | np.number) or not (number >= 0 and number == int(number)):
+        raise ValueError(
+            f"count_targets of {loss!r} must return how many targets the mean is over, a whole number; got {number!r}"
+        )
+    return int(number)
 
 
 def total_of(counts: Sequence[int], *, step: int) -> int:
@@ -91,10 +104,13 @@ def total_of(counts: Sequence[int], *, step: int) -> int:
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Raise ValueError where no parameter requires a gradient, or one that does is float16."""
+    """Raise ValueError where no parameter requires a gradient, one that does is float16, or one has no data."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: attach an adapter, or unfreeze some")
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise ValueError(f"{empty[0]} is on the meta device, without data: load the model's weights first")
     half = [name for name, parameter in trained.items() if parameter.dtype == torch.float16]
     if half:
         raise ValueError(
@@ -111,18 +127,36 @@ def loss_and_parts(result: Any, *, trained: bool = True) -> tuple[Tensor, Mappin
         trained: whether the loss must carry a gradient.
 
     Raises:
-        ValueError: the loss is no scalar, or carries no gradient; or a part has a name of the loop's own.
+        ValueError: the loss is no scalar, or carries no gradient; or a part is no number, or has a name of the loop's
+            own.
     """
-    loss, parts = result if isinstance(result, tuple) else (result, {})
+    loss, parts = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(loss, Tensor) or loss.ndim != 0:
-        came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        came = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"compute_loss must return a scalar tensor, or (scalar, parts); got {came}")
+    if not isinstance(parts, Mapping):
+        raise ValueError(f"the parts beside a loss must be a dict of names and numbers; got a {type(parts).__name__}")
+    for name, part in parts.items():
+        if not isinstance(name, str) or not _is_number(part):
+            raise ValueError(
+                f"the part {name!r} of the loss must be a number or a tensor of one, under a name; got {_short(part)}"
+            )
     taken = sorted(RESERVED & set(parts))
     if taken:
         raise ValueError(f'a part of the loss cannot be called "{taken[0]}", which the loop reports itself: rename it')
     if trained and not loss.requires_grad:
         raise ValueError("the loss carries no gradient: it reaches no trainable parameter, or was made under no_grad")
-    return loss, parts
+    return loss.float() if loss.dtype in (torch.bfloat16, torch.float16) else loss, parts
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_complex()
+    return isinstance(value, int | float | np.number)
+
+
+def _short(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
@@ -135,7 +169,8 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim != 0 or (torch.is_grad_enabled() and not value.requires_grad):
         name = getattr(penalty, "__name__", type(penalty).__name__)
         raise ValueError(
-            f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got {value!r}"
+            f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got "
+            + (repr(value) if isinstance(value, Tensor) and value.ndim == 0 else _short(value))
         )
     return value.float()
 
@@ -148,7 +183,14 @@ def sum_of_penalties(penalties: Sequence[Penalty], model: nn.Module) -> Tensor |
 
 
 def try_out(loop: TrainingLoop, batch: Batch) -> None:
-    """Raise ValueError where the model lets documents of such a batch see each other; nothing else changes by it."""
+    """Try the first batch; nothing is changed by it.
+
+    Raises:
+        ValueError: the model lets documents of such a batch see each other.
+        TypeError: the data is a stream whose state cannot be saved, and the run is to be.
+    """
+    if loop.stream is not None and loop.settings.folder is not None:
+        loop.stream.check_state()
     with fixed_randomness():
         check_documents_apart(loop.model, loop.prepare_batch(batch))
     loop.ranks.settle(loop.model)

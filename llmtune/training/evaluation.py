@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.errors import NonFiniteError
 from llmtune.modules import eval_mode
-from llmtune.training.randomness import fixed_randomness
+from llmtune.training.randomness import fetch_rows, fixed_randomness, seed_everything
 
 if TYPE_CHECKING:
     from llmtune.training.loop import TrainingLoop
@@ -20,21 +20,24 @@ Totals = dict[str, list[float]]
 def evaluation_means(loop: TrainingLoop) -> dict[str, float]:
     """Return the mean of everything that `loop.eval_step` sums, over all of `loop.eval_data`.
 
-    Looking changes nothing: the model's modes and the random state are those of before. A signal that asks the run to
-    stop is heard between two batches.
+    Looking changes nothing: the model's modes and the random state are those of before. What is drawn at random is the
+    same in every evaluation, so that one can be compared with the next. A signal that asks the run to stop is heard
+    between two batches.
 
     Raises:
         ValueError: no row has a target.
         NonFiniteError: a mean is NaN or infinite.
     """
-    rows, size = loop.eval_data, loop.rows_per_micro_batch
+    rows, size, seed = loop.eval_data, loop.rows_per_micro_batch, loop.settings.seed
     assert rows is not None
     totals: Totals = {}
     with eval_mode(loop.model), fixed_randomness():
         for place, counts in loop.ranks.places(-(-len(rows) // size)):
             loop.leave_if_told()
             if counts or loop.ranks.sharded:
-                batch = loop.collate([rows[i] for i in range(place * size, min((place + 1) * size, len(rows)))])
+                seed_everything(seed, "evaluation", place)
+                indices = range(place * size, min((place + 1) * size, len(rows)))
+                batch = loop.collate(fetch_rows(rows, indices, seed=seed, first=place * size))
                 sums, targets = loop.eval_step(batch)
                 if counts:
                     _add(totals, sums, targets)

@@ -41,7 +41,7 @@ def check_finite(model: nn.Module, metrics: Mapping[str, Any], *, step: int, sca
 
 
 def check_spike(history: Sequence[Mapping[str, Any]], loss: float, factor: float | None, *, step: int) -> None:
-    """Raise where a loss is more than `factor` times the median of the steps before it.
+    """Raise where a loss is more than `factor` times the median of the steps before it, where that is above 0.
 
     Args:
         history: rows with "loss"; those "skipped" do not count. The last 32 are looked at, once there are 8.
@@ -55,7 +55,7 @@ def check_spike(history: Sequence[Mapping[str, Any]], loss: float, factor: float
     if factor is None:
         return
     recent = [row["loss"] for row in history[-RECENT:] if "loss" in row and not row.get("skipped")]
-    if len(recent) >= FEWEST and loss > factor * (median := statistics.median(recent)):
+    if len(recent) >= FEWEST and loss > factor * (median := statistics.median(recent)) > 0:
         raise LossSpikeError(
             f"step {step}: the loss {loss:.4g} is more than {factor:g} times {median:.4g}, the median of the "
             f"{len(recent)} steps before; no weight has been changed by this step"

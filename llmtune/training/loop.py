@@ -31,10 +31,10 @@ from llmtune.training.randomness import fetch_rows, rows_of_step, seed_everythin
 from llmtune.training.resume import Keeper
 from llmtune.training.run_state import run_state, take_back
 from llmtune.training.settings import LoopSettings
-from llmtune.training.signals import StopSignals, Told, told_by
+from llmtune.training.signals import StopSignals, told_by
 from llmtune.training.streams import StreamRows, is_stream
 from llmtune.training.sums import add_share, clip_gradients, drop_gradients, gradient_norm, real_tokens
-from llmtune.training.switches import autocast, checkpointing, compiled
+from llmtune.training.switches import autocast, compiled, recomputing
 from llmtune.training.watchers import watchers
 from llmtune.training.workers import BatchesAhead
 from llmtune.types import Batch, Callback, LossFunction, LossResult, Penalty, Rows
@@ -269,15 +269,14 @@ class TrainingLoop:
         """
         self.keeper.start(self, resume=resume, strict=strict)
         self.ranks.start_equal(self.model)
-        in_blocks = checkpointing(self.model, self.settings.activation_checkpointing)
         try:
-            with self.signals, train_mode(self.model), in_blocks:
+            with self.signals, train_mode(self.model), recomputing(self.model, self.settings.activation_checkpointing):
                 self._run()
         except BaseException as error:
-            if isinstance(error, Told) and self.keeper.saved_step != self.step:
-                self.save()
-            self.keeper.finish(self, failed=True)
-            self._emit("on_exception", error)
+            try:
+                self.keeper.finish(self, error)
+            finally:
+                self._emit("on_exception", error)
             raise
         return self.history
 
@@ -300,6 +299,7 @@ class TrainingLoop:
         self._emit("on_fit_start")
         if self._evaluation_due() and self.evaluated != self.step:
             self._look(self.history[-1])  # a signal had come between that step and its evaluation
+            self.keeper.record_anew(self.history)
         self.leave_if_told()
         while self._goes_on():
             self._emit("on_step_start")

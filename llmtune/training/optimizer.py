@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
+from llmtune.errors import did_you_mean
 from llmtune.training.settings import LoopSettings
+
+_OWN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # what the loop itself gives a schedule
 
 
 def adamw_with_schedule(
@@ -22,21 +26,58 @@ def adamw_with_schedule(
         settings: learning rate, weight decay, schedule and warm-up.
         total_steps: optimizer steps of the whole run.
     """
-    from transformers import get_scheduler
-
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay}
     plain = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
     groups = [group for group in (decayed, plain) if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=_fused(trained, settings.fused))
-    scheduler = get_scheduler(
+    return optimizer, _schedule(optimizer, settings, total_steps)
+
+
+def check_schedule(settings: LoopSettings, total_steps: int) -> None:
+    """Try the schedule on an optimizer of nothing.
+
+    Raises:
+        ValueError: the schedule knows no such option, or lacks one; or one is out of range.
+    """
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
+
+    name, options = settings.schedule, settings.schedule_options
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    known = set(inspect.signature(make).parameters) - _OWN
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f'the schedule "{name}" takes {", ".join(sorted(known)) or "no"} options; schedule_options has '
+                f"{option!r}.{did_you_mean(option, known)}"
+            )
+    said = f'the schedule "{name}" with schedule_options={dict(options)}'
+    try:
+        scheduler = _schedule(torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate), settings, total_steps)
+        factors = {
+            step: scheduler.lr_lambdas[0](step) for step in {0, min(settings.warmup_steps, total_steps), total_steps}
+        }
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{said} cannot be made: {error}") from error
+    if not all(isinstance(factor, float | int) and 0 <= factor < float("inf") for factor in factors.values()):
+        raise ValueError(f"{said} gives {factors}, by step, as factors of the learning rate: check the options")
+    if settings.warmup_steps < total_steps and abs(factors[settings.warmup_steps] - 1) > 1e-6:
+        raise ValueError(
+            f"{said} is at {factors[settings.warmup_steps]:.3g} of the learning rate, and not at its peak, after its "
+            f"{settings.warmup_steps} steps of warm-up: its parts are longer than the {total_steps} steps of the run"
+        )
+
+
+def _schedule(optimizer: torch.optim.Optimizer, settings: LoopSettings, total_steps: int) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler(
         settings.schedule,
         optimizer,
         num_warmup_steps=settings.warmup_steps,
         num_training_steps=total_steps,
         scheduler_specific_kwargs=dict(settings.schedule_options),
     )
-    return optimizer, scheduler
 
 
 def steps_in_all(settings: LoopSettings, rows: Any) -> int:

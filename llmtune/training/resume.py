@@ -17,8 +17,10 @@ from llmtune.training.checkpoint_folder import list_checkpoints, step_name
 from llmtune.training.checkpoint_read import read_checkpoint
 from llmtune.training.checkpoint_state import split_tensors
 from llmtune.training.csv_log import CsvLog
+from llmtune.training.history import History
 from llmtune.training.randomness import seed_everything
 from llmtune.training.sharding import gathered
+from llmtune.training.signals import Told
 
 if TYPE_CHECKING:
     from llmtune.training.loop import TrainingLoop
@@ -62,6 +64,11 @@ class Keeper:
         if self._csv is not None:
             self._csv.append(row)
 
+    def record_anew(self, history: History) -> None:
+        """Have `history.csv` hold the whole history as it is now, of which an earlier step has changed."""
+        if self._csv is not None:
+            self._csv.start(history)
+
     def save(self, loop: TrainingLoop) -> Path | None:
         """Write a checkpoint of the run as it stands and return its folder; None where the settings have no folder.
 
@@ -87,22 +94,24 @@ class Keeper:
         self.saved_step, self.wanted = loop.step, False
         return folder / step_name(loop.step)
 
-    def finish(self, loop: TrainingLoop, *, failed: bool = False) -> None:
-        """Wait for the checkpoint under way, and write the history.
+    def finish(self, loop: TrainingLoop, error: BaseException | None = None) -> None:
+        """Wait for the checkpoint under way, and write the history; where a signal ends the run, save it first.
 
         Args:
             loop: the loop that ends.
-            failed: whether it ends by an error, which a full disk must not hide.
+            error: what it ends by, which a full disk must not hide.
         """
+        if isinstance(error, Told) and self.saved_step != loop.step:
+            loop.save()
         try:
-            if self._writer is not None and not (failed and loop.ranks.processes > 1):
+            if self._writer is not None and not (error is not None and loop.ranks.processes > 1):
                 self._announce(loop, loop.ranks.in_main(self._writer.wait))
             if self._csv is not None:
-                self._csv.start(loop.history) if failed else self._csv.close()
-        except (OSError, CheckpointError) as error:
-            if not failed:
+                self._csv.close() if error is None else self._csv.start(loop.history)
+        except (OSError, CheckpointError) as problem:
+            if error is None:
                 raise
-            print(f"while ending: {error}")
+            print(f"while ending: {problem}")
 
     def _announce(self, loop: TrainingLoop, published: list[Path]) -> None:
         for path in published:

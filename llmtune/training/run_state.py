@@ -110,7 +110,10 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
     loop.keeper.protected = set(progress["protected"])
     if told and loop.ranks.main:
         print(f"going on with the same gradients, but not bit for bit: {'; '.join(told)}")
-    if not told:  # what memory allowed then
+    then = state["run"]
+    if then["settings"]["rows_per_micro_batch"] == loop.settings.rows_per_micro_batch and (
+        then["processes"] == loop.ranks.world
+    ):  # what memory allowed then
         loop.rows_per_micro_batch = progress["rows_per_micro_batch"]
     set_random_state(state["random"])
 

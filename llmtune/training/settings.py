@@ -35,8 +35,9 @@ class LoopSettings:
         learning_rate: the peak learning rate of AdamW.
         schedule: a name `transformers.get_scheduler` knows: "linear", "cosine", "constant" ...
         schedule_options: what that schedule takes beside the warm-up, as `scheduler_specific_kwargs` of
-            `get_scheduler`: {"min_lr_rate": 0.1} for "cosine_with_min_lr", {"num_decay_steps": 100} ...
-        warmup_steps: optimizer steps over which the learning rate rises from 0.
+            `get_scheduler`: {"min_lr_rate": 0.1} for "cosine_with_min_lr", {"num_decay_steps": 100} ... Numbers and
+            texts by name.
+        warmup_steps: optimizer steps over which the learning rate rises from 0; "constant" has none.
         weight_decay: AdamW's decoupled decay, for tensors of two or more dimensions; biases and norms are left out.
         clip_norm: largest gradient norm, over all trained parameters; None only measures it.
         precision: "float32"; "bf16" or "fp16" run the forward pass under autocast (parameters keep their dtype), fp16
@@ -47,10 +48,11 @@ class LoopSettings:
             in the backward pass: less memory, more time.
         on_bad_step: what to do where loss or gradient is not finite, or the loss a spike: "raise" before the optimizer
             step, or "skip" it, count it in the history ("skipped"), and raise once ten in a row were skipped.
-        spike_factor: a loss more than so many times the median of the 32 steps before is a bad step; None looks at
-            none.
+        spike_factor: a loss more than so many times the median of the 32 steps before, a median above 0, is a bad step;
+            None looks at none.
         seed: of the data order and of the run's random state.
-        folder: where checkpoints and `history.csv` go; None writes nothing.
+        folder: where checkpoints and `history.csv` go; None writes nothing. A relative path is taken from where the
+            program is when the settings are made, and "~" is the home folder.
         save_every: optimizer steps between checkpoints; None saves only at the end. Needs `folder`.
         keep: how many checkpoints stay; older ones are removed after a new one is safely written.
         save_frozen: whether checkpoints hold frozen parameters too; else a fingerprint of each makes sure that the same
@@ -94,6 +96,7 @@ class LoopSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError(
                 f"give exactly one of max_steps and epochs; got max_steps={self.max_steps}, epochs={self.epochs}"
@@ -110,17 +113,21 @@ class LoopSettings:
                 raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            if not _is_number(value) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be above 0, or None to measure without clipping; got {self.clip_norm}")
+        if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm > 0):
+            raise ValueError(f"clip_norm must be above 0, or None to measure without clipping; got {self.clip_norm!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        if self.schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                'the schedule "constant" has no warm-up: give schedule="constant_with_warmup", or warmup_steps=0'
+            )
         if self.precision not in ("float32", "bf16", "fp16"):
             raise ValueError(f'precision must be "float32", "bf16" or "fp16"; got {self.precision!r}')
         if self.on_bad_step not in ("raise", "skip"):
             raise ValueError(f'on_bad_step must be "raise" or "skip"; got {self.on_bad_step!r}')
-        if self.spike_factor is not None and not self.spike_factor > 1:
+        if self.spike_factor is not None and not (_is_number(self.spike_factor) and self.spike_factor > 1):
             raise ValueError(f"spike_factor must be above 1, or None to look at none; got {self.spike_factor!r}")
         if self.save_every is not None and self.folder is None:
             raise ValueError("save_every needs a folder to save into: give folder=..., or leave save_every out")
@@ -130,3 +137,25 @@ class LoopSettings:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["schedule_options"] = dict(self.schedule_options)
         return {name: value for name, value in fields.items() if name not in _FREE}
+
+    def _check_kinds(self) -> None:
+        for name in ("activation_checkpointing", "save_frozen", "background_save", "progress", "fused"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "fused" and value is None):
+                raise ValueError(f"{name} must be True or False{', or None' * (name == 'fused')}; got {value!r}")
+        if not isinstance(self.compile, bool | str):
+            raise ValueError(f"compile must be True, False or the name of a backend; got {self.compile!r}")
+        options = self.schedule_options
+        if not isinstance(options, Mapping) or not all(
+            isinstance(v, int | float | str | None) for v in options.values()
+        ):
+            raise ValueError(f"schedule_options must be a dict of names to numbers or texts; got {options!r}")
+        object.__setattr__(self, "schedule_options", dict(options))
+        if self.folder is not None:
+            if not isinstance(self.folder, str | Path) or not str(self.folder):
+                raise ValueError(f"folder must be a path, or None to write nothing; got {self.folder!r}")
+            object.__setattr__(self, "folder", Path(self.folder).expanduser().absolute())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,6 +15,7 @@ class StopSignals:
     """Note SIGTERM and SIGINT while the block runs, and put back the handlers of before afterwards.
 
     Only the main thread can watch signals; in another thread nothing is noted. A signal that was ignored stays ignored.
+    One that came and was not acted upon, since the block came to its end, goes on to the handler of before.
 
         with StopSignals() as signals:
             while not signals.received:
@@ -37,11 +38,13 @@ class StopSignals:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
         self.watching = False
+        if self.received and kind is None:
+            signal.raise_signal(self.received)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received:

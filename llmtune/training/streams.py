@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from llmtune.errors import CheckpointError
+from llmtune.training.checkpoint_state import split_tensors
 
 
 class StreamRows:
@@ -13,7 +16,8 @@ class StreamRows:
 
     A stream is an iterable of rows with `state_dict()` and `load_state_dict(state)`, which stand for the next row to
     come: torchdata's `StatefulDataLoader` (with `batch_size=None`, so that it gives rows), Hugging Face's
-    `IterableDataset`. When it ends it is started again. Resuming is as exact, and as fast, as the stream's own.
+    `IterableDataset`. When it ends it is started again, after `set_epoch(passes so far)` where it, or its `dataset`,
+    has such a method. Resuming is as exact, and as fast, as the stream's own.
 
     Args:
         stream: an iterable with `state_dict` and `load_state_dict`.
@@ -22,6 +26,8 @@ class StreamRows:
     def __init__(self, stream: Any) -> None:
         self.stream = stream
         self._iterator: Iterator[Any] | None = None
+        self._passes = 0  # ended so far
+        self._begun: tuple[int, Any] = 0, None  # the step it was begun at, and its state then
         self._step = -1  # the last step whose rows were taken
         self._rows: list[Any] = []
 
@@ -29,11 +35,12 @@ class StreamRows:
         """Return the rows of `step`: the next `size` ones, or the last ones again if they were that step's.
 
         Raises:
-            ValueError: the step is neither the last one taken nor the next: a stream cannot be read out of order.
+            ValueError: the step is neither the last one taken nor the next: a stream cannot be read out of order; or
+                the stream gives no rows, or gives batches.
         """
         if step == self._step and self._rows:
             return self._rows
-        if self._step >= 0 and step != self._step + 1:
+        if step != self._step + 1:
             raise ValueError(f"a stream gives its rows in order: step {self._step + 1} is next, not {step}")
         self._rows = [self._next() for _ in range(size)]
         self._step = step
@@ -45,17 +52,29 @@ class StreamRows:
         Raises:
             CheckpointError: the stream is ahead of the step.
         """
-        if self._step < 0:
-            return None
+        begun, state_then = self._begun
+        if step == begun:
+            return state_then
         if self._step != step - 1:
             raise CheckpointError(f"the stream has given the rows of step {self._step} already; save after that step")
-        return dict(self.stream.state_dict())
+        return {"passes": self._passes, "state": self.stream.state_dict()}
 
     def restore(self, state: Mapping[str, Any] | None, step: int) -> None:
         """Go back to where `state` was taken, before `step`."""
         self._iterator, self._rows, self._step = None, [], step - 1
+        self._begun, self._passes = (step, state), 0 if state is None else int(state["passes"])
         if state is not None:
-            self.stream.load_state_dict(dict(state))
+            self._set_epoch()
+            self.stream.load_state_dict(state["state"])
+
+    def check_state(self) -> None:
+        """Raise TypeError where the stream's state cannot be saved."""
+        try:
+            split_tensors(self.stream.state_dict(), clone=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"the state_dict of the stream {type(self.stream).__name__} cannot be saved: {error}"
+            ) from error
 
     def _next(self) -> Any:
         for _ in range(2):
@@ -64,20 +83,38 @@ class StreamRows:
             for row in self._iterator:
                 return checked_row(row)
             self._iterator = None  # it has ended: once more from the start
-        raise ValueError(f"the stream {type(self.stream).__name__} gives no rows")
+            self._passes += 1
+            self._set_epoch()
+        raise ValueError(
+            f"the stream {type(self.stream).__name__} gives no rows when it is gone through from the start"
+        )
+
+    def _set_epoch(self) -> None:
+        parts: list[Any] = [self.stream, getattr(self.stream, "dataset", None)]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self._passes)
+                return
 
 
 def is_stream(data: Any) -> bool:
     """Return whether the data is gone through, with a state to go on from, rather than asked for a row by number."""
-    return hasattr(data, "__iter__") and hasattr(data, "state_dict") and not hasattr(data, "__getitem__")
+    by_number = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)  # which has one that only raises
+    return hasattr(data, "__iter__") and hasattr(data, "state_dict") and not by_number
 
 
 def checked_row(row: Any) -> Any:
     """Return the row; raise ValueError where it is a batch already."""
-    ids = row.get("input_ids") if isinstance(row, Mapping) else None
-    if getattr(ids, "ndim", 1) > 1:
-        raise ValueError(
-            f"a stream must give rows, with input_ids [n]; got a batch, {list(ids.shape)}: give its loader "  # type: ignore[union-attr]
-            "batch_size=None, and the loop rows_per_step and collate"
-        )
-    return row
+    ids: Any = row.get("input_ids") if isinstance(row, Mapping) else None
+    if isinstance(row, list | tuple) and row and isinstance(row[0], Mapping):
+        came = f"a list of {len(row)} rows"
+    elif getattr(ids, "ndim", 1) > 1:
+        came = f"a batch, {list(ids.shape)}"
+    elif isinstance(ids, list | tuple) and ids and (isinstance(ids[0], list | tuple) or getattr(ids[0], "ndim", 0) > 0):
+        came = f"a batch of lists, {len(ids)} of {len(ids[0])}"
+    else:
+        return row
+    raise ValueError(
+        f"a stream must give rows, with input_ids [n]; got {came}: give its loader batch_size=None, and the loop "
+        "rows_per_step and collate"
+    )

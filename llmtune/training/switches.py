@@ -34,28 +34,36 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 @contextmanager
-def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
     """Let a Hugging Face model compute its blocks' activations again in the backward pass, while the block runs.
 
     Raises:
         ValueError: the model has no such switch.
     """
     inner: Any = unwrap(model)
+    if on:
+        check_checkpointing(model)
     if not on or getattr(inner, "is_gradient_checkpointing", False):
         yield
         return
     if hasattr(inner, "activation_checkpointing_enable"):
         inner.activation_checkpointing_enable()
         switch_off = getattr(inner, "activation_checkpointing_disable", None)
-    elif hasattr(inner, "gradient_checkpointing_enable"):  # its name in transformers before 5.20 or so
+    else:  # its name in transformers before 5.20 or so
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         switch_off = None
-    else:
-        raise ValueError(
-            f"{type(inner).__name__} has no switch for activation checkpointing, which Hugging Face models have: put "
-            "torch.utils.checkpoint into its forward pass, or set activation_checkpointing=False"
-        )
     try:
         yield
     finally:
         (switch_off or inner.gradient_checkpointing_disable)()
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Raise ValueError where the model has no switch for activation checkpointing, or one that its class refuses."""
+    inner: Any = unwrap(model)
+    switch = hasattr(inner, "activation_checkpointing_enable") or hasattr(inner, "gradient_checkpointing_enable")
+    if not switch or not getattr(inner, "supports_gradient_checkpointing", True):
+        raise ValueError(
+            f"{type(inner).__name__} has no switch for activation checkpointing, which most Hugging Face models have: "
+            "put torch.utils.checkpoint into its forward pass, or set activation_checkpointing=False"
+        )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llmtune.training.randomness import keyed_randomness
@@ -52,7 +53,13 @@ class BatchesAhead:
         return DataLoader(
             _Steps(self._make, self._seed), batch_size=None, sampler=steps, num_workers=self._workers,
             multiprocessing_context=context, worker_init_fn=ignore_in_worker,
+            generator=torch.Generator(),  # else it draws from the run's own
+            collate_fn=_as_it_is,  # else it makes tensors of arrays and lists of tuples
         )  # fmt: skip
+
+
+def _as_it_is(batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
 class _Steps(Dataset[Any]):
