@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtune.losses.packed import check_documents_apart
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.settings import LoopSettings
-from llmtune.training.sharding import is_sharded
+from llmtune.training.sharding import is_dtensor, is_sharded
 from llmtune.training.streams import is_stream
 from llmtune.types import Batch, Penalty
 
@@ -137,7 +137,8 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
         raise ValueError(
             f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got {value!r}"
         )
-    return value.float()
+    spread: Any = value
+    return (spread.full_tensor() if is_dtensor(value) else value).float()
 
 
 def sum_of_penalties(penalties: Sequence[Penalty], model: nn.Module) -> Tensor | None:

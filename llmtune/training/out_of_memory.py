@@ -47,5 +47,5 @@ def _halved(loop: TrainingLoop, batches: Sequence[Batch], error: BaseException) 
             f"step {step + 1}: out of memory; micro-batches of {loop.rows_per_micro_batch} rows instead of {before} "
             "from here on, for the same gradient"
         )
-    seed_everything(seed, "step", step, loop.ranks.rank)
+    seed_everything(seed, "step", step)
     return smaller

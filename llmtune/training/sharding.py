@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmtune.errors import did_you_mean
+
+SPLITS_DATA = ("dp", "dp_replicate", "dp_shard", "fsdp", "replicate", "shard")
+SPLITS_MODEL = ("tp", "ep")
 
 
 def shard(model: nn.Module, *, blocks: str | type[nn.Module] | None = None, mesh: Any = None) -> nn.Module:
@@ -44,11 +47,23 @@ def shard(model: nn.Module, *, blocks: str | type[nn.Module] | None = None, mesh
         kinds = {type(module).__name__ for module in model.modules()}
         near = did_you_mean(sorted(names)[0], kinds)
         raise ValueError(f"no module of {type(model).__name__} is a {' or '.join(sorted(names))}.{near}")
+    send_from_main((*model.parameters(), *model.buffers()))
     options = {} if mesh is None else {"mesh": mesh}
     for module in found:
         fully_shard(module, **options)
     fully_shard(model, **options)
     return model
+
+
+def send_from_main(tensors: Iterable[Tensor]) -> None:
+    """Give every process the main one's values, in place; tensors without values (on the meta device) stay so."""
+    with torch.no_grad():
+        for tensor in tensors:
+            if not tensor.is_meta:
+                dense = tensor.detach().contiguous()
+                torch.distributed.broadcast(dense, src=0)
+                if dense.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(dense)
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -64,26 +79,40 @@ def is_sharded(model: nn.Module) -> bool:
 def data_dimensions(model: nn.Module) -> tuple[int, int]:
     """Return (which, of how many) share of the data this process takes where the model is spread over processes.
 
-    Every dimension of the parameters' mesh but "tp" (and "ep", "cp", "pp") splits the data.
-
     Raises:
-        ValueError: the mesh does not reach all processes, so that some would train a model of their own.
+        ValueError: the mesh does not reach all processes, so that some would train a model of their own; or the name of
+            one of its dimensions does not say whether it splits the data or the model.
     """
     meshes: list[Any] = [getattr(p, "device_mesh", None) for p in model.parameters() if is_dtensor(p)]
-    mesh = max(meshes, key=lambda mesh: mesh.ndim)
+    mesh = max(meshes, key=lambda mesh: (mesh.ndim, not set(mesh.mesh_dim_names or ()) & {"ep", "efsdp"}))
     world = torch.distributed.get_world_size()
     if mesh.size() != world:
         raise ValueError(
             f"the model is spread over {mesh.size()} of {world} processes, and nothing would keep its copies equal: "
             "use a mesh over all of them, with a data-parallel dimension that fully_shard was given"
         )
-    names = mesh.mesh_dim_names or ("data",) * mesh.ndim
     rank, count = 0, 1
-    for dimension, name in enumerate(names):
-        if name not in ("tp", "ep", "cp", "pp"):
+    for dimension, splits in enumerate(_splits_data(model, mesh)):
+        if splits:
             rank = rank * mesh.size(dimension) + mesh.get_local_rank(dimension)
             count *= mesh.size(dimension)
     return rank, count
+
+
+def _splits_data(model: nn.Module, mesh: Any) -> list[bool]:
+    """Return for each dimension of the mesh whether it splits the data; else it splits the model."""
+    from torch.distributed.fsdp import FSDPModule
+
+    names = mesh.mesh_dim_names
+    if names is None or mesh.ndim == 1:  # one kind of parallelism: FSDP's, or a tensor-parallel one
+        return [isinstance(model, FSDPModule)] * mesh.ndim
+    unknown = [name for name in names if name not in SPLITS_DATA and name not in SPLITS_MODEL]
+    if unknown:
+        raise ValueError(
+            f'the mesh has a dimension "{unknown[0]}": name those that split the data one of '
+            f"{', '.join(SPLITS_DATA)}, and those that split the model one of {', '.join(SPLITS_MODEL)}"
+        )
+    return [name in SPLITS_DATA for name in names]
 
 
 def sum_over_shards(model: nn.Module) -> None:
@@ -103,6 +132,16 @@ def give_up_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def check_unchanged(model: nn.Module, own: Sequence[nn.Parameter]) -> None:
+    """Raise ValueError where the model's parameters are not its `own` of before: FSDP has lost track of them."""
+    now = list(model.parameters())
+    if len(now) != len(own) or any(one is not other for one, other in zip(now, own, strict=True)):
+        raise ValueError(
+            "a sharded model cannot be called with other parameters than its own (torch.func.functional_call): "
+            "FSDP runs it with its own all the same. Train it data-parallel, without shard()"
+        )
 
 
 def gathered(state: Any, *, keep: bool) -> Any:
