@@ -13,13 +13,6 @@ from pathlib import Path
 
 import torch
 
-from llmtune.adapters import LoRA, attach
-from llmtune.testing.loop import uneven_rows
-from llmtune.testing.models import tiny_llama
-from llmtune.training.loop import TrainingLoop
-from llmtune.training.settings import LoopSettings
-from llmtune.training.sharding import shard
-
 PRELOADED = [
     "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2", "transformers.optimization", "llmtune.training.loop",
