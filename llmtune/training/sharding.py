@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +19,10 @@ SPLITS_MODEL = ("tp", "ep")
 def shard(model: nn.Module, *, blocks: str | type[nn.Module] | None = None, mesh: Any = None) -> nn.Module:
     """Spread the model's parameters over all processes with torch's `fully_shard` (FSDP2), and return the model.
 
-    Each block (a transformer layer) is gathered while it runs and given up afterwards; what is outside blocks stays
-    gathered during a step. Call it after adapters have been attached and before the loop is made. The model stays the
-    object it was; its parameters become `DTensor`s.
+    Each block (a transformer layer) is gathered while it runs and given up afterwards; what is outside blocks, or
+    shared with what is outside, stays gathered during a step. Every process gets the main one's weights. Call it after
+    adapters have been attached and before the loop is made. The model stays the object it was; its parameters become
+    `DTensor`s.
 
     Args:
         model: the same in every process, on this process's device.
@@ -49,10 +52,20 @@ def shard(model: nn.Module, *, blocks: str | type[nn.Module] | None = None, mesh
         raise ValueError(f"no module of {type(model).__name__} is a {' or '.join(sorted(names))}.{near}")
     send_from_main((*model.parameters(), *model.buffers()))
     options = {} if mesh is None else {"mesh": mesh}
-    for module in found:
+    for module in _by_themselves(found, model):
         fully_shard(module, **options)
     fully_shard(model, **options)
     return model
+
+
+def _by_themselves(blocks: Sequence[nn.Module], model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that share no parameter with the rest of the model, as an embedding does with a tied head."""
+    places = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    inside = [Counter(id(p) for module in block.modules() for p in module._parameters.values()) for block in blocks]
+    none = id(None)
+    return [
+        b for b, own in zip(blocks, inside, strict=True) if all(places[k] == n for k, n in own.items() if k != none)
+    ]
 
 
 def send_from_main(tensors: Iterable[Tensor]) -> None:
@@ -127,10 +140,11 @@ def sum_over_shards(model: nn.Module) -> None:
 
 def give_up_gathered(model: nn.Module) -> None:
     """Let FSDP give up what it holds gathered, so that the model's parameters are its shards."""
-    from torch.distributed.fsdp import FSDPModule
-
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # then nothing is sharded
+        return
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.training.sharding import is_dtensor
+from llmtune.training.sharding import give_up_gathered, is_dtensor
 from llmtune.types import Batch
 
 
@@ -27,6 +27,7 @@ def add_share(metrics: dict[str, Any], values: Mapping[str, Any], share: float) 
 
 def drop_gradients(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
     """Drop all gradients, and what the scaler knows of them: they may be taken more than once a step."""
+    give_up_gathered(model)  # a shard keeps its gradient while FSDP holds the whole parameter in its place
     model.zero_grad(set_to_none=True)
     if scaler.is_enabled():
         scaler._per_optimizer_states.clear()
@@ -34,6 +35,7 @@ def drop_gradients(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the Euclidean norm of all gradients of the model together, a scalar; of all shards together."""
+    give_up_gathered(model)
     by_mesh: dict[Any, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks_cases import CASES, make, measured, off
-from ranks_worker import Processes, run
+from ranks_worker import run
 
 from llmtune.training.distributed import Ranks
 
