@@ -21,10 +21,12 @@ from llmtune.errors import CheckpointError
 from llmtune.training.memory import is_out_of_memory
 from llmtune.training.randomness import fixed_randomness, seed_everything
 from llmtune.training.sharding import (
+    check_spread,
     check_unchanged,
     data_dimensions,
     give_up_gathered,
     is_dtensor,
+    is_fsdp,
     is_sharded,
     send_from_main,
     sum_over_shards,
@@ -73,6 +75,9 @@ class Ranks:
         self.main = number == 0
         self.sharded = is_sharded(model)
         self.rank, self.world = number, self.processes
+        self._summed_each_time: list[nn.Parameter] = []
+        if self.processes > 1:
+            check_spread(model)
         if self.processes > 1 and self.sharded:
             self.rank, self.world = data_dimensions(model)
             sum_over_shards(model)
@@ -119,11 +124,25 @@ class Ranks:
         """Return the value of one process for each share of the data."""
         return list(dict(self.exchange((self.rank, value))).values())
 
-    def share(self, batches: Sequence[Batch], counts: Sequence[int]) -> list[tuple[Batch, int]]:
-        """Return this process's share of a step: batches that have targets, with the number of their targets."""
+    def share(self, batches: Sequence[Batch], counts: Sequence[int]) -> Iterator[tuple[Batch, int]]:
+        """Yield this process's share of a step: batches that have targets, with the number of their targets.
+
+        Of a tensor-parallel model, transformers sums the gradient of some whole parameters (Qwen3's norms) over
+        processes after every backward pass, and with it what earlier passes left there: so that is put aside between
+        two, and back after the last.
+        """
         real = [(batch, count) for batch, count in zip(batches, counts, strict=True) if count]
-        mine = [(real[place], here) for place, here in self.places(len(real))]
-        return [(batch, count if here else 0) for (batch, count), here in mine if here or self.sharded]
+        aside: dict[nn.Parameter, Tensor] = {}
+        for place, here in self.places(len(real)):
+            if here or self.sharded:
+                batch, count = real[place]
+                yield batch, count if here else 0
+                for parameter in self._summed_each_time:
+                    if parameter.grad is not None:
+                        aside[parameter] = aside[parameter] + parameter.grad if parameter in aside else parameter.grad
+                        parameter.grad = None
+        for parameter, gradient in aside.items():
+            parameter.grad = gradient
 
     @contextmanager
     def together(self, model: nn.Module, metrics: dict[str, Any]) -> Iterator[None]:
@@ -143,6 +162,8 @@ class Ranks:
         failure: Exception | None = None
         self.settle(model)
         own = list(model.parameters())
+        if self.sharded and not is_fsdp(model):
+            self._summed_each_time = [p for p in own if p.requires_grad and not is_dtensor(p)]
         try:
             with drawn_apart(self.rank):
                 yield

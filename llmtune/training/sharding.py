@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.adapters.layer import AdapterLayer
 from llmtune.errors import did_you_mean
 
 SPLITS_DATA = ("dp", "dp_replicate", "dp_shard", "fsdp", "replicate", "shard")
@@ -84,6 +85,12 @@ def is_dtensor(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "full_tensor")
 
 
+def is_fsdp(module: nn.Module) -> bool:
+    """Return whether FSDP gathers the module's parameters and reduces their gradients."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Return whether any parameter of the model is spread over processes."""
     return any(is_dtensor(parameter) for parameter in model.parameters())
@@ -97,7 +104,7 @@ def data_dimensions(model: nn.Module) -> tuple[int, int]:
             one of its dimensions does not say whether it splits the data or the model.
     """
     meshes: list[Any] = [getattr(p, "device_mesh", None) for p in model.parameters() if is_dtensor(p)]
-    mesh = max(meshes, key=lambda mesh: (mesh.ndim, not set(mesh.mesh_dim_names or ()) & {"ep", "efsdp"}))
+    mesh = max(meshes, key=lambda mesh: (not set(mesh.mesh_dim_names or ()) & {"ep", "efsdp"}, mesh.ndim))
     world = torch.distributed.get_world_size()
     if mesh.size() != world:
         raise ValueError(
@@ -114,11 +121,9 @@ def data_dimensions(model: nn.Module) -> tuple[int, int]:
 
 def _splits_data(model: nn.Module, mesh: Any) -> list[bool]:
     """Return for each dimension of the mesh whether it splits the data; else it splits the model."""
-    from torch.distributed.fsdp import FSDPModule
-
     names = mesh.mesh_dim_names
     if names is None or mesh.ndim == 1:  # one kind of parallelism: FSDP's, or a tensor-parallel one
-        return [isinstance(model, FSDPModule)] * mesh.ndim
+        return [is_fsdp(model)] * mesh.ndim
     unknown = [name for name in names if name not in SPLITS_DATA and name not in SPLITS_MODEL]
     if unknown:
         raise ValueError(
@@ -128,24 +133,40 @@ def _splits_data(model: nn.Module, mesh: Any) -> list[bool]:
     return [name in SPLITS_DATA for name in names]
 
 
+def check_spread(model: nn.Module) -> None:
+    """Raise ValueError where the way in which the model is spread over processes cannot be trained."""
+    asked = getattr(getattr(model, "config", None), "distributed_config", None)
+    if getattr(asked, "pp_size", 1) > 1:
+        raise ValueError(
+            f"the model is cut into {asked.pp_size} pipeline stages, which the loop cannot train: load it with "
+            "DistributedConfig(fsdp_size=...) or tp_size=..."
+        )
+    for name, module in model.named_modules():
+        if not isinstance(module, AdapterLayer):
+            continue
+        for parameter in module.base._parameters.values():
+            if is_dtensor(parameter) and not all(_splits_data(model, getattr(parameter, "device_mesh", None))):
+                raise ValueError(
+                    f'adapter "{module.adapter_name}" stands on {name}, a tensor-parallel layer of which each process '
+                    "has a part: spread a model with adapters by FSDP (shard, or DistributedConfig(fsdp_size=...))"
+                )
+
+
 def sum_over_shards(model: nn.Module) -> None:
     """Let FSDP sum gradients over processes where it would take their mean; the loop has scaled each already."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        if is_fsdp(module):
+            fsdp: Any = module
+            fsdp.set_gradient_divide_factor(1.0)
+            fsdp.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
 def give_up_gathered(model: nn.Module) -> None:
     """Let FSDP give up what it holds gathered, so that the model's parameters are its shards."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:  # then nothing is sharded
-        return
     for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+        if is_fsdp(module):
+            fsdp: Any = module
+            fsdp.reshard()
 
 
 def check_unchanged(model: nn.Module, own: Sequence[nn.Parameter]) -> None:

@@ -127,7 +127,11 @@ def gradients(model):
 
 def measured(name, sharded=False):
     """Return the gradient of a case's first step, and the weights and history of its run."""
-    loop = make(name, sharded=sharded)
+    return gone_through(make(name, sharded=sharded))
+
+
+def gone_through(loop):
+    """Return the gradient of a loop's first step, and the weights and history of its run."""
     loop.model.train()
     torch.manual_seed(5)
     loop.ranks.start_equal(loop.model)

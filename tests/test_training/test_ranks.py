@@ -94,9 +94,9 @@ def shares(rank):
     ranks = Ranks(torch.nn.Linear(2, 3))
     batches = [{"n": n} for n in range(7)]
     counts = [5, 0, 3, 1, 0, 2, 7]
-    own = ranks.share(batches, counts)
+    own = list(ranks.share(batches, counts))
     ranks.sharded = True
-    return own, ranks.share(batches, counts), ranks.places(3), ranks.exchange(rank**2), ranks.main
+    return own, list(ranks.share(batches, counts)), ranks.places(3), ranks.exchange(rank**2), ranks.main
 
 
 def test_each_takes_its_share_and_equally_often_where_the_model_is_sharded(tmp_path):
