@@ -42,7 +42,8 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     """Write an adapter as PEFT does; `peft.PeftModel.from_pretrained` and transformers' `load_adapter` read it.
 
     Each of the two files is written beside its place and moved there, the tensors first. Where that is cut off between
-    the two, `load` says so and does not take the new tensors for the old adapter's. The dtype is kept.
+    the two, `load` says so and does not take the new tensors for the old adapter's. The dtype is kept. Where the model
+    is spread over processes, all of them call this, and the first writes.
 
     Args:
         model: a model with the adapter.
@@ -60,12 +61,15 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
     model = unwrap(model)
     config = record_of(model, name).configs[name]
     found, spare = config.to_file(_tensors(model, name)), config.spare_tensors(model, name)
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in found.items() if key not in spare}
+    spread = any(hasattr(tensor, "full_tensor") for tensor in found.values())
+    tensors = {key: _whole(tensor).cpu().contiguous().clone() for key, tensor in found.items() if key not in spare}
     empty = [key for key, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(f"{empty[0]} is empty: gather the model's shards before saving")
     described = json.dumps(config.file_entries(model, name), indent=2)
     folder = Path(folder) if name == "default" else Path(folder) / name
+    if spread and torch.distributed.get_rank() != 0:
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     temporary = [folder / f".{file}.{os.getpid()}.tmp" for file in (WEIGHTS, CONFIG)]
     try:
@@ -79,6 +83,11 @@ def save(model: nn.Module, folder: str | Path, name: str = "default") -> Path:
         for path in temporary:
             path.unlink(missing_ok=True)
     return folder
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    return whole
 
 
 def load(

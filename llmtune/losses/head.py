@@ -10,6 +10,7 @@ model's own logits.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,11 +67,14 @@ class Head:
         while hasattr(module, "base") and not getattr(module, "takes_part", True):
             module = module.base
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if not plain or type(module.weight) not in (nn.Parameter, Tensor) or len(module.weight) != self.classes:
-            return None  # quantized, sharded, or with a forward pass of its own
+        if not plain or len(module.weight) != self.classes:
+            return None  # quantized, or with a forward pass of its own
+        weight, bias = _gathered(module, module.weight), _gathered(module, module.bias)
+        if type(weight) not in (nn.Parameter, Tensor):
+            return None  # quantized, or spread over processes
         if self.extra_bias is None:
-            return module.weight, module.bias
-        return module.weight, self.extra_bias if module.bias is None else module.bias + self.extra_bias
+            return weight, bias
+        return weight, self.extra_bias if bias is None else bias + self.extra_bias
 
 
 def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
@@ -97,7 +101,21 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
             f"{type(inner).__name__} must call its head {type(module).__name__} once in a forward pass; it called it "
             f"{len(captured)} times. Compute the loss from the model's own logits instead"
         )
-    return captured[0], _head(inner, module, raw[0], output)
+    hidden, logits = captured[0], _logits(output, raw[0])
+    if logits is not None and _is_fsdp(inner):
+        hidden = hidden + 0.0 * logits.sum()  # FSDP starts its backward pass at the model's own output, or crashes
+    return hidden, _head(inner, module, raw[0], output)
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _gathered(module: nn.Module, tensor: Any) -> Any:
+    """Return a tensor-parallel head's parameter whole where FSDP manages the head: FSDP lets it run once a pass."""
+    spread = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None)
+    return tensor.full_tensor() if spread == ("tp",) and _is_fsdp(module) else tensor
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

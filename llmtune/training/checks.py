@@ -14,7 +14,7 @@ from llmtune.losses.packed import check_documents_apart
 from llmtune.training.optimizer import check_schedule, steps_in_all
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.settings import LoopSettings
-from llmtune.training.sharding import is_sharded
+from llmtune.training.sharding import is_dtensor, is_sharded
 from llmtune.training.streams import is_stream
 from llmtune.training.switches import check_checkpointing
 from llmtune.types import Batch, Penalty
@@ -172,7 +172,8 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
             f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got "
             + (repr(value) if isinstance(value, Tensor) and value.ndim == 0 else _short(value))
         )
-    return value.float()
+    spread: Any = value
+    return (spread.full_tensor() if is_dtensor(value) else value).float()
 
 
 def sum_of_penalties(penalties: Sequence[Penalty], model: nn.Module) -> Tensor | None:

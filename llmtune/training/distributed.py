@@ -19,7 +19,18 @@ from torch import Tensor, distributed, nn
 
 from llmtune.errors import CheckpointError
 from llmtune.training.memory import is_out_of_memory
-from llmtune.training.sharding import data_dimensions, give_up_gathered, is_sharded, sum_over_shards
+from llmtune.training.randomness import fixed_randomness, seed_everything
+from llmtune.training.sharding import (
+    check_spread,
+    check_unchanged,
+    data_dimensions,
+    give_up_gathered,
+    is_dtensor,
+    is_fsdp,
+    is_sharded,
+    send_from_main,
+    sum_over_shards,
+)
 from llmtune.types import Batch
 
 BUCKET_BYTES = 64 * 2**20
@@ -64,6 +75,9 @@ class Ranks:
         self.main = number == 0
         self.sharded = is_sharded(model)
         self.rank, self.world = number, self.processes
+        self._summed_each_time: list[nn.Parameter] = []
+        if self.processes > 1:
+            check_spread(model)
         if self.processes > 1 and self.sharded:
             self.rank, self.world = data_dimensions(model)
             sum_over_shards(model)
@@ -110,42 +124,67 @@ class Ranks:
         """Return the value of one process for each share of the data."""
         return list(dict(self.exchange((self.rank, value))).values())
 
-    def share(self, batches: Sequence[Batch], counts: Sequence[int]) -> list[tuple[Batch, int]]:
-        """Return this process's share of a step: batches that have targets, with the number of their targets."""
+    def share(self, batches: Sequence[Batch], counts: Sequence[int]) -> Iterator[tuple[Batch, int]]:
+        """Yield this process's share of a step: batches that have targets, with the number of their targets.
+
+        Of a tensor-parallel model, transformers sums the gradient of some whole parameters (Qwen3's norms) over
+        processes after every backward pass, and with it what earlier passes left there: so that is put aside between
+        two, and back after the last.
+        """
         real = [(batch, count) for batch, count in zip(batches, counts, strict=True) if count]
-        mine = [(real[place], here) for place, here in self.places(len(real))]
-        return [(batch, count if here else 0) for (batch, count), here in mine if here or self.sharded]
+        aside: dict[nn.Parameter, Tensor] = {}
+        for place, here in self.places(len(real)):
+            if here or self.sharded:
+                batch, count = real[place]
+                yield batch, count if here else 0
+                for parameter in self._summed_each_time:
+                    if parameter.grad is not None:
+                        aside[parameter] = aside[parameter] + parameter.grad if parameter in aside else parameter.grad
+                        parameter.grad = None
+        for parameter, gradient in aside.items():
+            parameter.grad = gradient
 
     @contextmanager
     def together(self, model: nn.Module, metrics: dict[str, Any]) -> Iterator[None]:
         """Run the block, in which each process computes its share, then sum gradients and metrics over all.
 
+        Inside the block each process draws at random by itself, outside all draw the same.
+
         Raises:
-            torch.OutOfMemoryError: it was raised in this process or in another one; in all of them.
+            Exception: what the block raised, in the process in which it did.
+            torch.OutOfMemoryError: another process has run out of memory.
+            RuntimeError: another process has failed; the sentence says which, and by what. (Where the model is sharded
+                the others cannot hear it: they wait for that process within the model, until torchrun ends them.)
         """
         if self.processes == 1:
             yield
             return
-        failure: BaseException | None = None
+        failure: Exception | None = None
         self.settle(model)
+        own = list(model.parameters())
+        if self.sharded and not is_fsdp(model):
+            self._summed_each_time = [p for p in own if p.requires_grad and not is_dtensor(p)]
         try:
-            yield
-        except RuntimeError as error:
-            if self.sharded or not is_out_of_memory(error):
+            with drawn_apart(self.rank):
+                yield
+        except Exception as error:  # told to the other processes first, which wait
+            if self.sharded:
                 raise
             failure = error
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.sharded:
+            self.settle(model)
+            check_unchanged(model, own)
+        trained = [parameter for parameter in own if parameter.requires_grad]
         numbers = {name: float(value) for name, value in metrics.items()} if failure is None else {}
-        said = self.exchange((failure is not None, self.rank, numbers, [p.grad is not None for p in trained]))
-        if any(failed for failed, *_ in said):
-            raise failure if failure is not None else torch.OutOfMemoryError("another process ran out of memory")
+        said = self.exchange((_told(failure), self.rank, numbers, [p.grad is not None for p in trained]))
+        _raise_together(failure, [told for told, *_ in said])
         metrics.clear()
         for share in {rank: numbers for _, rank, numbers, _ in said}.values():  # tensor-parallel parts count once
             for name, value in share.items():
                 metrics[name] = metrics.get(name, 0.0) + value
-        if not self.sharded:
-            someone = [any(found) for found in zip(*(found for *_, found in said), strict=True)]
-            sum_gradients([p for p, has in zip(trained, someone, strict=True) if has])
+        someone = [any(found) for found in zip(*(found for *_, found in said), strict=True)]
+        here = [p for p, has in zip(trained, someone, strict=True) if has and not is_dtensor(p)]
+        sum_gradients(here, copies=self.processes // self.world)
 
     def settle(self, model: nn.Module) -> None:
         """Leave each process of a sharded model with its own shards alone.
@@ -153,7 +192,7 @@ class Ranks:
         A forward pass without a backward pass leaves some parameters gathered: what an optimizer, a checkpoint or the
         next pass then finds in the model are not the shards, and an update makes them stale.
         """
-        if self.sharded and self.processes > 1:
+        if self.sharded:
             give_up_gathered(model)
 
     def start_equal(self, model: nn.Module) -> None:
@@ -170,17 +209,40 @@ class Ranks:
                 "the processes have different models: names, shapes, dtypes and what is trained must be the same in "
                 "all of them. Build the model in the same way in each process"
             )
-        if not self.sharded:
-            with torch.no_grad():
-                for tensor in (*model.parameters(), *model.buffers()):
-                    distributed.broadcast(tensor.data, src=0)
+        send_from_main(tensor for tensor in (*model.parameters(), *model.buffers()) if not is_dtensor(tensor))
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+@contextmanager
+def drawn_apart(rank: int) -> Iterator[None]:
+    """Let processes that draw the same at random draw each its own in the block, and the same again after it."""
+    key = int(torch.randint(2**62, ()))
+    with fixed_randomness():
+        seed_everything(key, "process", rank)
+        yield
+
+
+def _told(failure: Exception | None) -> str | None:
+    """Return what the others hear of a failure; "" of one of memory, after which all go on together."""
+    return None if failure is None else "" if is_out_of_memory(failure) else f"{type(failure).__name__}: {failure}"
+
+
+def _raise_together(failure: Exception | None, told: Sequence[str | None]) -> None:
+    """Raise in every process where one of them failed: its own failure, or one that tells of another's."""
+    worse = [number for number, sentence in enumerate(told) if sentence]
+    if failure is not None and (not worse or not is_out_of_memory(failure)):
+        raise failure
+    if worse:
+        raise RuntimeError(f"process {worse[0]} of {len(told)} failed: {told[worse[0]]}")
+    if "" in told:
+        raise torch.OutOfMemoryError(f"process {told.index('')} of {len(told)} ran out of memory")
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], *, copies: int = 1) -> None:
     """Sum `.grad` over all processes, in buckets; a process without one adds nothing.
 
     Args:
         parameters: the same in every process, each with a gradient in at least one of them.
+        copies: how many processes hold the same gradient, where a model is spread over some.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -189,16 +251,18 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     size = 0
     for gradient in sorted((p.grad for p in parameters if p.grad is not None), key=lambda g: str(g.dtype)):
         if bucket and (bucket[0].dtype != gradient.dtype or size + gradient.nbytes > BUCKET_BYTES):
-            _sum_bucket(bucket)
+            _sum_bucket(bucket, copies)
             bucket, size = [], 0
         bucket.append(gradient)
         size += gradient.nbytes
     if bucket:
-        _sum_bucket(bucket)
+        _sum_bucket(bucket, copies)
 
 
-def _sum_bucket(gradients: list[Tensor]) -> None:
+def _sum_bucket(gradients: list[Tensor], copies: int) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
+    if copies > 1:
+        flat /= copies
     parts = flat.split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

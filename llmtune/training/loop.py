@@ -305,7 +305,7 @@ class TrainingLoop:
             self._emit("on_step_start")
             began = time.perf_counter()
             batches = ahead.get(self.step, self.rows_per_micro_batch)
-            seed_everything(run.seed, "step", self.step, self.ranks.rank)
+            seed_everything(run.seed, "step", self.step)
             metrics = self.training_step(batches)
             self.step += 1
             tokens, seconds = sum(map(real_tokens, batches)), time.perf_counter() - began

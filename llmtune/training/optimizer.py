@@ -10,6 +10,7 @@ from torch import nn
 
 from llmtune.errors import did_you_mean
 from llmtune.training.settings import LoopSettings
+from llmtune.training.sharding import is_dtensor
 
 _OWN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}  # what the loop itself gives a schedule
 
@@ -25,12 +26,18 @@ def adamw_with_schedule(
         model: the model to train.
         settings: learning rate, weight decay, schedule and warm-up.
         total_steps: optimizer steps of the whole run.
+
+    Raises:
+        ValueError: `fused=True` is asked for, and only some parameters are spread over processes.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay}
-    plain = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    groups = [group for group in (decayed, plain) if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=_fused(trained, settings.fused))
+    decayed: dict[str, Any] = {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay}
+    plain: dict[str, Any] = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
+    groups = [
+        {**group, "fused": _fused(group["params"], settings.fused)} for group in (decayed, plain) if group["params"]
+    ]
+    fused = all(group["fused"] for group in groups)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=fused)
     return optimizer, _schedule(optimizer, settings, total_steps)
 
 
@@ -88,6 +95,14 @@ def steps_in_all(settings: LoopSettings, rows: Any) -> int:
 
 
 def _fused(parameters: list[nn.Parameter], wanted: bool | None) -> bool:
+    mixed = len({is_dtensor(parameter) for parameter in parameters}) > 1
+    if wanted and mixed:
+        raise ValueError(
+            "fused=True cannot update parameters that are spread over processes together with others that are not: "
+            "leave fused out"
+        )
     if wanted is not None:
         return wanted
-    return all(p.device.type in ("cuda", "cpu", "xpu", "mps") and p.is_floating_point() for p in parameters)
+    return not mixed and all(
+        p.device.type in ("cuda", "cpu", "xpu", "mps") and p.is_floating_point() for p in parameters
+    )

@@ -50,5 +50,5 @@ def _halved(loop: TrainingLoop, batches: Sequence[Batch], error: BaseException) 
             f"step {step + 1}: out of memory; micro-batches of {size} rows instead of {before} from here on, for the "
             "same gradient"
         )
-    seed_everything(seed, "step", step, loop.ranks.rank)
+    seed_everything(seed, "step", step)
     return smaller

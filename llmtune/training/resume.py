@@ -50,7 +50,7 @@ class Keeper:
         if resume:
             load_newest(loop, strict=strict)
         else:
-            refuse_used_folder(loop.settings.folder)
+            loop.ranks.in_main(lambda: refuse_used_folder(loop.settings.folder))
             seed_everything(loop.settings.seed)
         check_can_save(loop)
         self.saved_step = loop.step
@@ -179,13 +179,18 @@ def check_can_save(loop: TrainingLoop) -> None:
     if loop.tokenizer is not None and not hasattr(loop.tokenizer, "save_pretrained"):
         raise TypeError(f"a tokenizer with save_pretrained is expected; got a {type(loop.tokenizer).__name__}")
     folder = Path(loop.settings.folder)
+    loop.ranks.in_main(lambda: check_writable(folder))
+    split_tensors(loop.state_dict(), clone=False)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise CheckpointError where the folder cannot be made or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoints into {folder}: {error}") from error
-    split_tensors(loop.state_dict(), clone=False)
 
 
 def load_newest(loop: TrainingLoop, *, strict: bool = False) -> None:
@@ -196,7 +201,8 @@ def load_newest(loop: TrainingLoop, *, strict: bool = False) -> None:
         strict: raise where a newer one is damaged, instead of skipping it with a line that says why.
 
     Raises:
-        CheckpointError: every checkpoint is damaged, or the newest whole one is of another run.
+        CheckpointError: every checkpoint is damaged, the newest whole one is of another run, or a process cannot see
+            it.
         ValueError: the settings have no folder to resume from.
     """
     if loop.settings.folder is None:
@@ -212,6 +218,12 @@ def load_newest(loop: TrainingLoop, *, strict: bool = False) -> None:
     if path is None:
         seed_everything(loop.settings.seed)
         return
+    blind = [number for number, sees in enumerate(loop.ranks.exchange(path.is_dir())) if not sees]
+    if blind:
+        raise CheckpointError(
+            f"process {blind[0]} does not find {path}, which the main process has found: the folder must be on storage "
+            "that all machines share"
+        )
     _, state, skipped = (found and found[0]) or (path, read_checkpoint(path), [])
     for reason in skipped:
         print(f"skipped a damaged checkpoint: {reason}")

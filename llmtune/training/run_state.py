@@ -173,7 +173,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
         }
         for key, value in saved["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
+    groups = [{**group, **own} for group, own in zip(saved["param_groups"], kernels, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.training.sharding import is_dtensor, whole
+from llmtune.training.sharding import give_up_gathered, is_dtensor, whole
 from llmtune.types import Batch
 
 
@@ -27,6 +27,7 @@ def add_share(metrics: dict[str, Any], values: Mapping[str, Any], share: float) 
 
 def drop_gradients(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
     """Drop all gradients, and what the scaler knows of them: they may be taken more than once a step."""
+    give_up_gathered(model)  # a shard keeps its gradient while FSDP holds the whole parameter in its place
     model.zero_grad(set_to_none=True)
     if scaler.is_enabled():
         scaler._per_optimizer_states.clear()
@@ -52,6 +53,7 @@ def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
 
 
 def _gradients(model: nn.Module) -> list[Any]:
+    give_up_gathered(model)
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
