@@ -83,7 +83,7 @@ def test_every_setting_is_in_the_table():
     assert {name for name, (_, what) in SETTINGS.items() if what == TOLD} == ROUNDING
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "compile" else n for n in SETTINGS])
 def test_another_value_of_each_setting(tmp_path, name, capsys):
     value, what = SETTINGS[name]
     first = {"schedule": "polynomial"} if name == "schedule_options" else {}
@@ -188,7 +188,8 @@ def test_the_same_rows_in_another_form_are_the_same_rows():
     [
         lambda x: torch.tensor([1, 2, 4]), lambda x: torch.tensor([1.0, 2, 3]), lambda x: torch.tensor([[1, 2, 3]]),
         lambda x: np.array([1, 2, 3], dtype=np.int32), lambda x: np.array([1, 2, 4]), lambda x: [1, 2, 3],
-        lambda x: (1, 2, 4), lambda x: list(np.array([1, 2, 4])), lambda x: "1 2 3", lambda x: {"a": [1, 2, 3]}, lambda x: None,
+        lambda x: (1, 2, 4), lambda x: list(np.array([1, 2, 4])), lambda x: "1 2 3",
+        lambda x: {"a": [1, 2, 3]}, lambda x: None,
         lambda x: [1.5, float("nan")], lambda x: np.float32(2.5), lambda x: np.int64(3), lambda x: np.int64(4),
         lambda x: torch.ones(3, dtype=torch.bfloat16), lambda x: torch.ones(()), lambda x: torch.ones(0),
         lambda x: torch.ones(3, dtype=torch.bool), lambda x: True, lambda x: 7, lambda x: b"x",
