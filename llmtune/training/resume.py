@@ -168,7 +168,8 @@ def check_can_save(loop: TrainingLoop) -> None:
             pass
     except OSError as error:
         raise CheckpointError(f"cannot write checkpoints into {folder}: {error}") from error
-    split_tensors(loop.state_dict(), clone=False)
+    if loop.stream is None or not loop.stream.is_ahead(loop.step):  # it is where the last `fit` failed in a step
+        split_tensors(loop.state_dict(), clone=False)
 
 
 def load_newest(loop: TrainingLoop, *, strict: bool = False) -> None:
