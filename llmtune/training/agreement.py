@@ -89,7 +89,7 @@ def same_run(loop: TrainingLoop, run: Mapping[str, Any]) -> list[str]:
     """
     if run["rows"] != row_count(loop.train_data):
         raise CheckpointError(f"the run had {run['rows']} rows of data; now there are {row_count(loop.train_data)}")
-    if run["data"] != data_fingerprint(loop.train_data):
+    if run["data"] != fingerprint_of_data(loop):
         raise CheckpointError(
             f"the data has as many rows as the run's, {run['rows']}, but other ones, or in another order: give the "
             "same data, or start a new run in another folder"
@@ -122,6 +122,14 @@ def adapters_of(model: nn.Module) -> dict[str, dict[str, str]]:
 def row_count(data: Any) -> int | None:
     """Return how many rows there are; None for a stream."""
     return None if is_stream(data) else len(data)
+
+
+def fingerprint_of_data(loop: TrainingLoop) -> str | None:
+    """Return `data_fingerprint` of the loop's rows, for which they are fetched once."""
+    known = loop.keeper.fingerprints
+    if "data" not in known:
+        known["data"] = data_fingerprint(loop.train_data)
+    return known["data"]
 
 
 def data_fingerprint(data: Rows | Any) -> str | None:

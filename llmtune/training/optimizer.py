@@ -68,10 +68,11 @@ def check_schedule(settings: LoopSettings, total_steps: int) -> None:
         raise ValueError(f"{said} cannot be made: {error}") from error
     if not all(isinstance(factor, float | int) and 0 <= factor < float("inf") for factor in factors.values()):
         raise ValueError(f"{said} gives {factors}, by step, as factors of the learning rate: check the options")
-    if settings.warmup_steps < total_steps and abs(factors[settings.warmup_steps] - 1) > 1e-6:
+    peak = factors[min(settings.warmup_steps, total_steps)]
+    if name == "warmup_stable_decay" and settings.warmup_steps < total_steps and peak < 1:
         raise ValueError(
-            f"{said} is at {factors[settings.warmup_steps]:.3g} of the learning rate, and not at its peak, after its "
-            f"{settings.warmup_steps} steps of warm-up: its parts are longer than the {total_steps} steps of the run"
+            f"{said} is at {peak:.3g} of the learning rate, and not at its peak, after its {settings.warmup_steps} "
+            f"steps of warm-up: its parts are longer than the {total_steps} steps of the run"
         )
 
 

@@ -180,7 +180,8 @@ def check_can_save(loop: TrainingLoop) -> None:
         raise TypeError(f"a tokenizer with save_pretrained is expected; got a {type(loop.tokenizer).__name__}")
     folder = Path(loop.settings.folder)
     loop.ranks.in_main(lambda: check_writable(folder))
-    split_tensors(loop.state_dict(), clone=False)
+    if loop.stream is None or not loop.stream.is_ahead(loop.step):  # it is where the last `fit` failed in a step
+        split_tensors(loop.state_dict(), clone=False)
 
 
 def check_writable(folder: Path) -> None:

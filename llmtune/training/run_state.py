@@ -12,7 +12,7 @@ from llmtune.errors import CheckpointError
 from llmtune.modules import unwrap
 from llmtune.training.agreement import (
     adapters_of,
-    data_fingerprint,
+    fingerprint_of_data,
     row_count,
     same_adapters,
     same_model,
@@ -40,7 +40,7 @@ def run_state(loop: TrainingLoop) -> dict[str, Any]:
         "step": loop.step,
         "run": {
             "rows": row_count(loop.train_data),
-            "data": _once(loop, "data", lambda: data_fingerprint(loop.train_data)),
+            "data": fingerprint_of_data(loop),
             "settings": loop.settings.what_changes_the_result(),
             "processes": loop.ranks.world,
         },
@@ -139,16 +139,12 @@ def changing(model: nn.Module, *, frozen: bool = False) -> Iterator[tuple[str, T
     yield from ((name, tensor) for name, tensor in kept.items() if id(tensor) not in parameters)
 
 
-def _once(loop: TrainingLoop, key: str, make: Any) -> Any:
-    if key not in loop.keeper.fingerprints:
-        loop.keeper.fingerprints[key] = make()
-    return loop.keeper.fingerprints[key]
-
-
 def _frozen(loop: TrainingLoop, name: str, parameter: Tensor) -> str:
     """Return the fingerprint of a frozen parameter, computed again only where it has been written to."""
-    key = f"{name}@{parameter._version}"
-    return str(_once(loop, key, lambda: fingerprint(whole(parameter))))
+    key, known = f"{name}@{parameter._version}", loop.keeper.fingerprints
+    if key not in known:
+        known[key] = fingerprint(whole(parameter))
+    return str(known[key])
 
 
 def _kinds(loop: TrainingLoop) -> list[Any]:

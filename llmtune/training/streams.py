@@ -52,12 +52,14 @@ class StreamRows:
         Raises:
             CheckpointError: the stream is ahead of the step.
         """
-        begun, state_then = self._begun
-        if step == begun:
-            return state_then
-        if self._step != step - 1:
+        if self.is_ahead(step):
             raise CheckpointError(f"the stream has given the rows of step {self._step} already; save after that step")
-        return {"passes": self._passes, "state": self.stream.state_dict()}
+        begun, state_then = self._begun
+        return state_then if step == begun else {"passes": self._passes, "state": self.stream.state_dict()}
+
+    def is_ahead(self, step: int) -> bool:
+        """Return whether the rows of `step` are taken already, and the state before them is no longer to be had."""
+        return step not in (self._begun[0], self._step + 1)
 
     def restore(self, state: Mapping[str, Any] | None, step: int) -> None:
         """Go back to where `state` was taken, before `step`."""

@@ -175,6 +175,22 @@ def test_told_again_and_again(tmp_path, whole, workers):
     assert_same(results(resumed), whole)
 
 
+def test_an_evaluation_that_was_done_is_not_done_again(tmp_path):
+    in_a_child(lambda: make(tmp_path, "end of an evaluation", 4).fit())
+    evaluated = []
+
+    class Record(Callback):
+        def on_eval_end(self, loop, metrics):
+            evaluated.append(loop.step)
+
+    loop = make(tmp_path)
+    loop.callbacks.append(Record())
+    loop.fit(resume=True)
+    assert evaluated == [6]
+    loop.fit(resume=True)
+    assert evaluated == [6]
+
+
 def test_the_late_evaluation_is_in_the_file_of_the_history(tmp_path):
     in_a_child(lambda: make(tmp_path, "evaluation", 6).fit())
     loop = make(tmp_path)

@@ -270,6 +270,27 @@ def test_resume_is_exact(tmp_path, kind, stop):
     assert equal(weights(whole.model), weights(resumed.model))
 
 
+def test_a_loop_whose_step_failed_goes_on_with_the_rows_it_took(tmp_path):
+    """The very same loop, in the same program, before anything was saved and after."""
+
+    class Fail(Callback):
+        at = [1, 5]
+
+        def on_before_optimizer_step(self, loop):
+            if loop.step in self.at:
+                self.at.remove(loop.step)
+                raise LookupError
+
+    whole = run(Numbers(7, uneven_rows(7)))
+    whole.fit()
+    loop = run(Numbers(7, uneven_rows(7)), folder=tmp_path, save_every=4, callbacks=[Fail()])
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            loop.fit(resume=True)
+    loop.fit(resume=True)
+    assert equal(weights(whole.model), weights(loop.model))
+
+
 def test_rows_drawn_at_random_are_drawn_again(tmp_path):
     """What a stream draws from the global state depends on the step alone."""
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from llmtune.testing.models import tiny_gpt2
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.randomness import random_state
 from llmtune.training.settings import LoopSettings
+from llmtune.training.signals import StopSignals
 from llmtune.training.workers import BatchesAhead
 from llmtune.types import Callback
 
@@ -110,6 +112,15 @@ def test_what_goes_wrong_in_a_worker_is_raised_here():
     )
     with pytest.raises(LookupError, match="row 3 is not there"):
         loop.fit()
+
+
+def test_workers_hear_no_interrupt_and_can_be_ended():
+    def make(step):
+        return [{"handlers": [int(signal.getsignal(number) or 0) for number in (signal.SIGINT, signal.SIGTERM)]}]
+
+    with StopSignals():
+        batch = BatchesAhead(make, seed=7, workers=1, end=9).get(3, 4)[0]
+    assert batch["handlers"] == [signal.SIG_IGN, signal.SIG_DFL]
 
 
 def test_no_worker_is_left_after_the_run():
