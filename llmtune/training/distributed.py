@@ -8,8 +8,10 @@ it twice, not at all, or by `functional_call`. Parameters sharded by `fully_shar
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +41,8 @@ BUCKET_BYTES = 64 * 2**20
 def join_processes(backend: str | None = None) -> torch.device:
     """Join the processes that `torchrun` started and return this one's device; call it first in the script.
 
-    Without torchrun there is nothing to join: the device is the accelerator if there is one, else the CPU.
+    Without torchrun there is nothing to join: the device is the accelerator if there is one, else the CPU. At the end
+    of the program the process group is destroyed, without which torch's gloo sometimes aborts there.
 
     Args:
         backend: of `torch.distributed`; the default is that of the device: "nccl" for CUDA, "gloo" for the CPU.
@@ -54,7 +57,15 @@ def join_processes(backend: str | None = None) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         named = backend or (distributed.get_default_backend_for_device(device) if accelerator is not None else "gloo")
         distributed.init_process_group(named, device_id=device if accelerator is not None else None)
+        atexit.register(_leave_processes)
     return device
+
+
+def _leave_processes() -> None:
+    """Destroy the process group; after an error only gloo's: NCCL would wait for those that are gone."""
+    failed = getattr(sys, "last_value", None) is not None
+    if distributed.is_initialized() and (not failed or distributed.get_backend() == "gloo"):
+        distributed.destroy_process_group()
 
 
 class Ranks:

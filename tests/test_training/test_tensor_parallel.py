@@ -39,7 +39,7 @@ def mixture():
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        vocab_size=97, hidden_size=28, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=97, hidden_size=28, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=14, num_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
         bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2,
     )  # fmt: skip
