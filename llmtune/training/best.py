@@ -159,7 +159,8 @@ class KeepBest(Callback):
         if not self.improved({**metrics, "step": loop.step}):
             return
         if loop.settings.folder is not None:
-            loop.keeper.protected = (loop.keeper.protected - {before}) | {loop.step}
+            others = {c.best_step for c in loop.callbacks if isinstance(c, KeepBest) and c is not self}
+            loop.keeper.protected = (loop.keeper.protected - ({before} - others)) | {loop.step}
             loop.keeper.wanted = True
         elif self.restore:
             self._copy = {name: tensor.detach().cpu().clone() for name, tensor in changing(unwrap(loop.model))}

@@ -159,6 +159,15 @@ def _short(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
+def check_penalty(value: Any, name: str) -> None:
+    """Raise ValueError where a penalty's value is no scalar tensor, or carries no gradient; names the penalty."""
+    if not isinstance(value, Tensor) or value.ndim != 0 or (torch.is_grad_enabled() and not value.requires_grad):
+        raise ValueError(
+            f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got "
+            + (repr(value) if isinstance(value, Tensor) and value.ndim == 0 else _short(value))
+        )
+
+
 def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     """Return `penalty(model)` in float32, a scalar.
 
@@ -166,12 +175,7 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
         ValueError: it is no scalar tensor, or carries no gradient; names the penalty.
     """
     value = penalty(model)
-    if not isinstance(value, Tensor) or value.ndim != 0 or (torch.is_grad_enabled() and not value.requires_grad):
-        name = getattr(penalty, "__name__", type(penalty).__name__)
-        raise ValueError(
-            f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got "
-            + (repr(value) if isinstance(value, Tensor) and value.ndim == 0 else _short(value))
-        )
+    check_penalty(value, getattr(penalty, "__name__", type(penalty).__name__))
     spread: Any = value
     return (spread.full_tensor() if is_dtensor(value) else value).float()
 
@@ -183,17 +187,19 @@ def sum_of_penalties(penalties: Sequence[Penalty], model: nn.Module) -> Tensor |
     return torch.stack([checked_penalty(penalty, model) for penalty in penalties]).sum()
 
 
-def try_out(loop: TrainingLoop, batch: Batch) -> None:
-    """Try the first batch; nothing is changed by it.
+def try_out(loop: TrainingLoop, batches: Sequence[Batch]) -> None:
+    """Try the first batch of a step; nothing is changed by it.
 
     Raises:
-        ValueError: the model lets documents of such a batch see each other.
+        ValueError: there is none; or the model lets documents of such a batch see each other.
         TypeError: the data is a stream whose state cannot be saved, and the run is to be.
     """
+    if not batches:
+        raise ValueError(f"micro_batches({loop.step}) must return one batch or more; it returned none")
     if loop.stream is not None and loop.settings.folder is not None:
         loop.stream.check_state()
     with fixed_randomness():
-        check_documents_apart(loop.model, loop.prepare_batch(batch))
+        check_documents_apart(loop.model, loop.prepare_batch(batches[0]))
     loop.ranks.settle(loop.model)
 
 

@@ -20,7 +20,15 @@ from llmtune.data.collate import collate_packed
 from llmtune.errors import LossSpikeError, NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.modules import train_mode
-from llmtune.training.checks import check_run, loss_and_parts, sum_of_penalties, targets_of, total_of, try_out
+from llmtune.training.checks import (
+    check_penalty,
+    check_run,
+    loss_and_parts,
+    sum_of_penalties,
+    targets_of,
+    total_of,
+    try_out,
+)
 from llmtune.training.distributed import Ranks
 from llmtune.training.evaluation import evaluation_means
 from llmtune.training.guards import check_finite, check_spike, pass_over
@@ -33,7 +41,7 @@ from llmtune.training.run_state import run_state, take_back
 from llmtune.training.settings import LoopSettings
 from llmtune.training.signals import StopSignals, told_by
 from llmtune.training.streams import StreamRows, is_stream
-from llmtune.training.sums import add_share, clip_gradients, drop_gradients, gradient_norm, real_tokens
+from llmtune.training.sums import add_share, clip_gradients, drop_gradients, gradient_norm, plain_numbers, real_tokens
 from llmtune.training.switches import autocast, compiled, recomputing
 from llmtune.training.watchers import watchers
 from llmtune.training.workers import BatchesAhead
@@ -178,6 +186,7 @@ class TrainingLoop:
         self._emit("on_task_gradients")
         penalty = self.penalty()
         if penalty is not None:
+            check_penalty(penalty, "penalty()")
             penalty.backward()
             metrics["penalty"] = penalty.detach()
         return metrics | {"targets": total}
@@ -197,7 +206,7 @@ class TrainingLoop:
         metrics = within_memory(self, batches)
         self._emit("on_before_optimizer_step")
         metrics["grad_norm"] = self.clip_gradients()
-        metrics = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        plain_numbers(metrics)
         try:
             check_finite(self.model, metrics, step=self.step + 1, scale=self.scaler.get_scale())
             check_spike(self.history, metrics["loss"], self.settings.spike_factor, step=self.step + 1)
@@ -295,7 +304,7 @@ class TrainingLoop:
         run = self.settings
         ahead = BatchesAhead(self.micro_batches, seed=run.seed, workers=run.data_workers, end=self.total_steps)
         if self._goes_on():
-            try_out(self, ahead.get(self.step, self.rows_per_micro_batch)[0])
+            try_out(self, ahead.get(self.step, self.rows_per_micro_batch))
         self._emit("on_fit_start")
         if self._evaluation_due() and self.evaluated != self.step:
             self._look(self.history[-1])  # a signal had come between that step and its evaluation
@@ -310,6 +319,7 @@ class TrainingLoop:
             self.step += 1
             tokens, seconds = sum(map(real_tokens, batches)), time.perf_counter() - began
             row = {"step": self.step, **metrics, "tokens": tokens, "seconds": seconds}
+            plain_numbers(row)
             self.history.append(row)
             self._emit("on_step_end", row)
             self._look(row)
@@ -323,7 +333,9 @@ class TrainingLoop:
         if self._evaluation_due():
             row.update(self.evaluate())
             self.evaluated = self.step
+            plain_numbers(row)
             self._emit("on_eval_end", row)
+        plain_numbers(row)  # callbacks may have added to it
         every = self.settings.save_every
         if not self._goes_on() or self.keeper.wanted or (every and self.step % every == 0):
             self.save()

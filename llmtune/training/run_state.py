@@ -172,6 +172,12 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
     kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
     groups = [{**group, **own} for group, own in zip(saved["param_groups"], kernels, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for key, entries in state.items():  # torch casts them to the parameter's dtype, which loses float32 under bfloat16
+        own = optimizer.state[parameters[key]]
+        for name, entry in entries.items():
+            cast = own.get(name)
+            if isinstance(entry, Tensor) and isinstance(cast, Tensor) and cast.dtype != entry.dtype:
+                own[name] = entry.to(cast.device, copy=True)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

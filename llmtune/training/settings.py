@@ -74,7 +74,7 @@ class LoopSettings:
     rows_per_micro_batch: int | None = None
     learning_rate: float = 2e-4
     schedule: str = "linear"
-    schedule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schedule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     warmup_steps: int = 0
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0

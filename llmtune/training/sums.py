@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +72,13 @@ def _norm(gradients: list[Any]) -> Tensor:
     if None not in by_mesh:
         norms = [whole(norm) for norm in norms]
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm([whole(norm) for norm in norms])
+
+
+def plain_numbers(row: dict[str, Any]) -> None:
+    """Make numbers of a row's tensors and NumPy values of one entry, in place: a row is kept, saved and shown."""
+    for name, value in row.items():
+        if isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
+            row[name] = value.item()
 
 
 def real_tokens(batch: Batch) -> int:

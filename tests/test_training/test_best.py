@@ -129,6 +129,21 @@ def test_the_best_checkpoint_is_never_rotated_away(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000006"]
 
 
+def test_of_two_best_checkpoints_each_stays(tmp_path):
+    class Two(TrainingLoop):
+        def evaluate(self):
+            at = self.step - 1
+            return {"eval_a": (1.0, 2.0, 3.0, 4.0, 5.0)[at], "eval_b": (5.0, 4.0, 3.0, 7.0, 8.0)[at]}
+
+    settings = LoopSettings(
+        max_steps=5, rows_per_step=4, eval_every=1, save_every=1, folder=tmp_path, keep=1, progress=False
+    )
+    first, second = KeepBest("eval_a", restore=False), KeepBest("eval_b")
+    Two(tiny_llama(), uneven_rows(), settings=settings, eval_data=uneven_rows(3), callbacks=[first, second]).fit()
+    assert (first.best_step, second.best_step) == (1, 3)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000003", "step-00000005"]
+
+
 def test_the_last_weights_stay_where_nothing_is_to_be_put_back(tmp_path):
     loop = scripted(tmp_path, keep=KeepBest(restore=False))
     loop.fit()

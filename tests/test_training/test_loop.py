@@ -4,6 +4,7 @@ import csv
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -286,6 +287,27 @@ def test_parts_and_penalties_are_checked():
         loop.fit()
 
 
+@pytest.mark.parametrize("value", [0.0, torch.ones(()), torch.ones(3, requires_grad=True)])
+def test_a_penalty_of_ones_own_is_checked(value):
+    class Own(TrainingLoop):
+        def penalty(self):
+            return value
+
+    with pytest.raises(
+        ValueError, match=r"the penalty penalty\(\) must return a scalar tensor that reaches a trainable"
+    ):
+        Own(tiny_llama(), uneven_rows(), settings=settings()).fit()
+
+
+def test_a_step_without_batches_is_refused():
+    class Empty(TrainingLoop):
+        def micro_batches(self, step):
+            return []
+
+    with pytest.raises(ValueError, match=r"micro_batches\(0\) must return one batch or more; it returned none"):
+        Empty(tiny_llama(), uneven_rows(), settings=settings()).fit()
+
+
 def test_looking_changes_nothing():
     def draws(rows):
         torch.rand(3)
@@ -323,6 +345,67 @@ def test_a_step_of_ones_own_may_report_what_it_likes():
             return {"value": 1.0}
 
     assert len(Own(tiny_llama(), uneven_rows(), settings=settings(progress=True)).fit()) == 3
+
+
+def test_rows_of_the_history_hold_plain_numbers(tmp_path):
+    class Own(TrainingLoop):
+        def training_step(self, batches):
+            return {"value": self.model.lm_head.weight.sum() * 0 + 7.0}
+
+        def evaluate(self):
+            return {"eval_f1": np.float32(0.5)}
+
+    class Adds(Callback):
+        def on_step_end(self, loop, metrics):
+            metrics["added"] = torch.tensor(3)
+
+        def on_eval_end(self, loop, metrics):
+            metrics["eval_more"] = np.float64(0.25)
+
+    run = settings(folder=tmp_path, eval_every=1)
+    history = Own(tiny_llama(), uneven_rows(), settings=run, eval_data=uneven_rows(2), callbacks=[Adds()]).fit()
+    for row in history:
+        found = {name: row[name] for name in ("value", "added", "eval_f1", "eval_more")}
+        assert found == {"value": 7.0, "added": 3, "eval_f1": 0.5, "eval_more": 0.25}
+        assert {type(value) for value in row.values()} == {int, float}
+    with (tmp_path / "history.csv").open() as file:
+        assert {row["value"] for row in csv.DictReader(file)} == {"7.0"}
+
+
+def test_an_optimizers_float32_state_of_bfloat16_weights_resumes_exactly(tmp_path):
+    class Master(torch.optim.Optimizer):
+        """SGD on a float32 copy, which a bfloat16 weight is the rounding of."""
+
+        @torch.no_grad()
+        def step(self):
+            for parameter in self.param_groups[0]["params"]:
+                copy = self.state[parameter].setdefault("copy", parameter.float())
+                parameter.copy_(copy.sub_(parameter.grad.float(), alpha=1e-3))
+
+    class Own(TrainingLoop):
+        def configure_optimizer(self):
+            optimizer = Master(self.model.parameters(), {"lr": 1e-3})
+            return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    class Ends(Callback):
+        def on_step_end(self, loop, metrics):
+            if loop.step == 3:
+                raise KeyboardInterrupt
+
+    def loop(folder, *callbacks):
+        run = settings(max_steps=5, folder=tmp_path / folder, save_every=1)
+        return Own(tiny_llama().bfloat16(), uneven_rows(), settings=run, callbacks=callbacks)
+
+    whole, cut, resumed = loop("whole"), loop("cut", Ends()), loop("cut")
+    whole.fit()
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    resumed.fit(resume=True)
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        copy = resumed.optimizer.state[mine]["copy"]
+        assert copy.dtype == torch.float32
+        assert torch.equal(copy, whole.optimizer.state[theirs]["copy"])
+        assert torch.equal(mine, theirs)
 
 
 def test_labels_all_ignored_are_refused_before_any_work():

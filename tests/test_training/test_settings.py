@@ -37,6 +37,7 @@ def test_settings_are_frozen():
     settings = LoopSettings(max_steps=3)
     with pytest.raises(AttributeError):
         settings.seed = 1
+    assert hash(settings) == hash(LoopSettings(max_steps=3))
 
 
 def test_the_folder_does_not_change_the_result_and_the_seed_does(tmp_path):
