@@ -209,7 +209,7 @@ class TrainingLoop:
         plain_numbers(metrics)
         try:
             check_finite(self.model, metrics, step=self.step + 1, scale=self.scaler.get_scale())
-            check_spike(self.history, metrics["loss"], self.settings.spike_factor, step=self.step + 1)
+            check_spike(self.history, metrics.get("loss", 0.0), self.settings.spike_factor, step=self.step + 1)
         except (NonFiniteError, LossSpikeError) as error:
             pass_over(self.history, self.settings.on_bad_step, error)
             return metrics | {"learning_rate": learning_rate, "skipped": 1}

@@ -30,7 +30,7 @@ class Keeper:
     """Keeps a run: writes its checkpoints and its history, and knows which must stay.
 
     Attributes:
-        saved_step: the step of the last checkpoint, or the step at which the run began.
+        saved_step: the step of the last checkpoint; 0 before there is one.
         wanted: whether a callback asks for a checkpoint of this step.
         protected: steps whose checkpoints are never removed, as that of the best evaluation.
         fingerprints: of what does not change, taken once.
@@ -53,8 +53,9 @@ class Keeper:
             loop.ranks.in_main(lambda: refuse_used_folder(loop.settings.folder))
             seed_everything(loop.settings.seed)
         check_can_save(loop)
-        self.saved_step = loop.step
         self._adapters = adapters_with_files(loop)
+        if self.wanted:  # by a callback, when the last `fit` of this very loop failed
+            loop.save()
         if loop.settings.folder is not None and loop.ranks.main:
             self._csv = CsvLog(Path(loop.settings.folder) / "history.csv")
             self._csv.start(loop.history)

@@ -108,6 +108,7 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
     progress = state["progress"]
     loop.evaluated, loop.stopped = progress["evaluated"], progress["stopped"]
     loop.keeper.protected = set(progress["protected"])
+    loop.keeper.saved_step, loop.keeper.wanted = loop.step, False
     if told and loop.ranks.main:
         print(f"going on with the same gradients, but not bit for bit: {'; '.join(told)}")
     then = state["run"]

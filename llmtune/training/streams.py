@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ class StreamRows:
         self.stream = stream
         self._iterator: Iterator[Any] | None = None
         self._passes = 0  # ended so far
-        self._begun: tuple[int, Any] = 0, None  # the step it was begun at, and its state then
+        self._begun: tuple[int, Any] = 0, None  # the last step before which its state was looked at, and that state
         self._step = -1  # the last step whose rows were taken
         self._rows: list[Any] = []
 
@@ -54,8 +55,9 @@ class StreamRows:
         """
         if self.is_ahead(step):
             raise CheckpointError(f"the stream has given the rows of step {self._step} already; save after that step")
-        begun, state_then = self._begun
-        return state_then if step == begun else {"passes": self._passes, "state": self.stream.state_dict()}
+        if step != self._begun[0]:
+            self._begun = step, {"passes": self._passes, "state": copy.deepcopy(self.stream.state_dict())}
+        return self._begun[1]
 
     def is_ahead(self, step: int) -> bool:
         """Return whether the rows of `step` are taken already, and the state before them is no longer to be had."""

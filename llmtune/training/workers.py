@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +39,9 @@ class BatchesAhead:
         Args:
             step: from 0; steps in order are those that were made ahead.
             size: rows of a micro-batch; where it changes, what was made ahead is forgotten.
+
+        Raises:
+            Exception: what was raised where they were made.
         """
         if self._workers == 0:
             with keyed_randomness(self._seed, "batches", step):
@@ -44,7 +50,10 @@ class BatchesAhead:
             return self._last
         if self._iterator is None or step != self._next or size != self._size:
             self._iterator = iter(self._loader(step))
-        self._next, self._size, self._last = step + 1, size, next(self._iterator)
+        made = next(self._iterator)
+        if isinstance(made, _Failed):
+            raise made.error from RuntimeError(f"in a data worker:\n{made.text}")
+        self._next, self._size, self._last = step + 1, size, made
         return self._last
 
     def _loader(self, start: int) -> Any:
@@ -62,12 +71,51 @@ def _as_it_is(batches: list[Batch]) -> list[Batch]:
     return batches
 
 
+@dataclass(frozen=True)
+class _Failed:
+    error: Exception
+    text: str
+
+
 class _Steps(Dataset[Any]):
     """The steps of a run as rows by number, for torch's loader."""
 
     def __init__(self, make: Callable[[int], list[Batch]], seed: int) -> None:
-        self._make, self._seed = make, seed
+        self._make, self._seed, self._sent = make, seed, False
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        with keyed_randomness(self._seed, "batches", step):
-            return self._make(step)
+    def __getitem__(self, step: int) -> list[Batch] | _Failed:
+        try:
+            with keyed_randomness(self._seed, "batches", step):
+                batches = self._make(step)
+            if not self._sent:
+                _check_sendable(batches)
+                self._sent = True
+            return batches
+        except Exception as error:
+            return _Failed(_as_sent(error), traceback.format_exc())
+
+
+def _check_sendable(batches: list[Batch]) -> None:
+    """Raise where batches cannot be sent: torch would wait for them for ever.
+
+    Raises:
+        TypeError: names the value.
+    """
+    for batch in batches:
+        for name, value in batch.items():
+            try:
+                pickle.dumps(value) if not isinstance(value, torch.Tensor) else None
+            except Exception as error:
+                raise TypeError(
+                    f"a batch's {name!r}, a {type(value).__name__}, cannot be sent from a data worker: {error}; set "
+                    "data_workers=0, or leave it out"
+                ) from error
+
+
+def _as_sent(error: Exception) -> Exception:
+    """Return the error, or its words in one that can be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -13,6 +13,7 @@ from llmtune.errors import CheckpointError
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_gpt2, tiny_llama
+from llmtune.training.best import KeepBest
 from llmtune.training.checkpoint import read_checkpoint
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
@@ -200,6 +201,28 @@ def test_callbacks_that_raise_leave_the_run_resumable(tmp_path):
         assert resumed.history.column("eval_loss") == whole.history.column("eval_loss")
 
 
+def test_the_same_loop_goes_on_where_a_callback_failed_between_evaluation_and_save(tmp_path):
+    """The checkpoint that KeepBest has asked for is written then, from which it puts the weights back at the end."""
+
+    class Fail(Callback):
+        def on_eval_end(self, loop, metrics):
+            if loop.step == 2 and not failed:
+                failed.append(weights(loop.model))
+                raise LookupError
+
+    failed = []
+    run = settings(folder=tmp_path, eval_every=2, learning_rate=1.0, clip_norm=None)
+    loop = TrainingLoop(
+        tiny_gpt2(), uneven_rows(), settings=run, callbacks=[KeepBest(), Fail()], eval_data=uneven_rows(3)
+    )
+    with pytest.raises(LookupError):
+        loop.fit()
+    loop.fit(resume=True)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000002", "step-00000003"]
+    best = min(loop.history.column("eval_loss"))
+    assert loop.evaluate()["eval_loss"] == pytest.approx(best)
+
+
 def test_on_exception_that_raises_itself_keeps_what_came_first():
     class Bad(Callback):
         def on_step_end(self, loop, metrics):
@@ -293,6 +316,15 @@ def test_saving_in_the_background_gives_the_same_checkpoints_and_events(tmp_path
     for one, other in zip(states, others, strict=True):
         assert equal(one["model"], other["model"])
         assert [row["loss"] for row in one["history"]] == [row["loss"] for row in other["history"]]
+
+
+def test_gradients_of_ones_own_need_report_nothing():
+    class Own(TrainingLoop):
+        def accumulate_gradients(self, batches):
+            super().accumulate_gradients(batches)
+            return {}
+
+    assert len(Own(tiny_llama(), uneven_rows(), settings=settings(spike_factor=2.0, progress=True)).fit()) == 3
 
 
 def test_looking_at_a_row_needs_no_labels_until_the_loss_does():

@@ -134,8 +134,10 @@ def test_a_state_can_be_had_before_and_after_the_rows_of_the_first_step():
     assert rows.state(0) is None
     assert rows.state(1) == {"passes": 0, "state": {"next": 3}}
     rows.take(1, 3)
-    with pytest.raises(CheckpointError, match="the stream has given the rows of step 1 already; save after that step"):
-        rows.state(1)
+    assert rows.state(1) == {"passes": 0, "state": {"next": 3}}, "as it was asked for before"
+    rows.take(2, 3)
+    with pytest.raises(CheckpointError, match="the stream has given the rows of step 2 already; save after that step"):
+        rows.state(2)
 
 
 def test_a_stream_cannot_be_read_out_of_order():
@@ -273,12 +275,12 @@ def test_resume_is_exact(tmp_path, kind, stop):
 def test_a_loop_whose_step_failed_goes_on_with_the_rows_it_took(tmp_path):
     """The very same loop, in the same program, before anything was saved and after."""
 
-    class Fail(Callback):
-        at = [1, 5]
+    failing = [1, 5]
 
+    class Fail(Callback):
         def on_before_optimizer_step(self, loop):
-            if loop.step in self.at:
-                self.at.remove(loop.step)
+            if loop.step in failing:
+                failing.remove(loop.step)
                 raise LookupError
 
     whole = run(Numbers(7, uneven_rows(7)))
@@ -289,6 +291,26 @@ def test_a_loop_whose_step_failed_goes_on_with_the_rows_it_took(tmp_path):
             loop.fit(resume=True)
     loop.fit(resume=True)
     assert equal(weights(whole.model), weights(loop.model))
+
+
+def test_a_state_that_the_stream_changes_later_is_not_ours():
+    class Live(Numbers):
+        """Gives out the very dict that it counts in."""
+
+        def __init__(self, count):
+            super().__init__(count)
+            self.state = {"next": 0}
+
+        def state_dict(self):
+            self.state["next"] = self.next
+            return self.state
+
+    rows = StreamRows(Live(9))
+    rows.take(0, 3)
+    state = rows.state(1)
+    rows.take(1, 3)
+    rows.stream.state_dict()
+    assert rows.state(1) == state == {"passes": 0, "state": {"next": 3}}
 
 
 def test_rows_drawn_at_random_are_drawn_again(tmp_path):

@@ -102,16 +102,46 @@ def test_a_run_is_the_same_bit_for_bit(tmp_path):
     assert losses[0] == losses[1] == losses[2]
 
 
-def test_what_goes_wrong_in_a_worker_is_raised_here():
-    class Faulty(list):
-        def __getitem__(self, place):
-            raise LookupError("row 3 is not there")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_goes_wrong_in_a_worker_is_raised_here_as_it_is(workers):
+    """At a later step, made ahead: raised when that step is asked for, and not before."""
 
-    loop = TrainingLoop(
-        tiny_gpt2(), Faulty(uneven_rows(3)), settings=LoopSettings(max_steps=2, data_workers=2, progress=False)
-    )
-    with pytest.raises(LookupError, match="row 3 is not there"):
-        loop.fit()
+    def make(step):
+        if step == 5:
+            raise LookupError("row 3 is not there")
+        return draws(step)
+
+    ahead = BatchesAhead(make, seed=7, workers=workers, end=9)
+    for step in range(2, 5):
+        ahead.get(step, 4)
+    with pytest.raises(LookupError) as caught:
+        ahead.get(5, 4)
+    assert str(caught.value) == "row 3 is not there"
+    assert workers == 0 or "in a data worker" in str(caught.value.__cause__)
+    assert workers == 0 or 'raise LookupError("row 3' in str(caught.value.__cause__)
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_its_words():
+    class Odd(Exception):
+        def __init__(self, one, two):
+            super().__init__(f"{one} and {two}")
+
+    def make(step):
+        raise Odd("this", "that")
+
+    with pytest.raises(RuntimeError, match="Odd: this and that"):
+        BatchesAhead(make, seed=7, workers=1, end=9).get(0, 4)
+
+
+def test_a_batch_that_cannot_be_sent_is_told_of():
+    def make(step):
+        return [{"ids": torch.arange(3), "note": lambda: step}]
+
+    assert BatchesAhead(make, seed=7, workers=0, end=9).get(3, 4)[0]["note"]() == 3
+    with pytest.raises(
+        TypeError, match=r"a batch's 'note', a function, cannot be sent from a data worker: .*set data_w"
+    ):
+        BatchesAhead(make, seed=7, workers=1, end=9).get(3, 4)
 
 
 def test_workers_hear_no_interrupt_and_can_be_ended():
