@@ -12,6 +12,7 @@ import atexit
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,11 @@ def join_processes(backend: str | None = None) -> torch.device:
 
     Args:
         backend: of `torch.distributed`; the default is that of the device: "nccl" for CUDA, "gloo" for the CPU.
+
+    Raises:
+        ValueError: torchrun is to start processes again (`--max-restarts`) and could not; says what to set.
     """
+    check_restarts()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         device = torch.device("cpu")
@@ -66,6 +71,17 @@ def _leave_processes() -> None:
     failed = getattr(sys, "last_value", None) is not None
     if distributed.is_initialized() and (not failed or distributed.get_backend() == "gloo"):
         distributed.destroy_process_group()
+    time.sleep(0.05)  # a sharded model may keep gloo's threads alive: lets them drop their last tensors while they can
+
+
+def check_restarts() -> None:
+    """Raise ValueError where torchrun would start the processes again in such a way that they cannot meet."""
+    restarts, shared = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+    if restarts != "0" and shared == "True":
+        raise ValueError(
+            f"with --max-restarts={restarts} torchrun keeps the addresses of processes that are gone, and those it "
+            "starts again cannot meet: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        )
 
 
 class Ranks:
