@@ -168,6 +168,18 @@ def check_penalty(value: Any, name: str) -> None:
         )
 
 
+def add_penalty(metrics: dict[str, Any], penalty: Tensor | None) -> None:
+    """Add the gradient of what `TrainingLoop.penalty` gave to those there are, and its value to the metrics.
+
+    Raises:
+        ValueError: it is neither a scalar with a gradient nor None.
+    """
+    if penalty is not None:
+        check_penalty(penalty, "penalty()")
+        penalty.backward()
+        metrics["penalty"] = penalty.detach()
+
+
 def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     """Return `penalty(model)` in float32, a scalar.
 

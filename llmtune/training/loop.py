@@ -21,7 +21,7 @@ from llmtune.errors import LossSpikeError, NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.modules import train_mode
 from llmtune.training.checks import (
-    check_penalty,
+    add_penalty,
     check_run,
     loss_and_parts,
     sum_of_penalties,
@@ -184,11 +184,7 @@ class TrainingLoop:
         if self.step == 0:
             check_gradients(self.model)
         self._emit("on_task_gradients")
-        penalty = self.penalty()
-        if penalty is not None:
-            check_penalty(penalty, "penalty()")
-            penalty.backward()
-            metrics["penalty"] = penalty.detach()
+        add_penalty(metrics, self.penalty())
         return metrics | {"targets": total}
 
     def clip_gradients(self) -> Tensor:
