@@ -159,25 +159,19 @@ def _short(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
-def check_penalty(value: Any, name: str) -> None:
-    """Raise ValueError where a penalty's value is no scalar tensor, or carries no gradient; names the penalty."""
+def scalar(value: Any, name: str) -> Tensor:
+    """Return a penalty's value; raise ValueError where it is no scalar tensor, or carries no gradient.
+
+    Args:
+        value: a scalar tensor.
+        name: of the penalty, for the sentence.
+    """
     if not isinstance(value, Tensor) or value.ndim != 0 or (torch.is_grad_enabled() and not value.requires_grad):
         raise ValueError(
             f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got "
             + (repr(value) if isinstance(value, Tensor) and value.ndim == 0 else _short(value))
         )
-
-
-def add_penalty(metrics: dict[str, Any], penalty: Tensor | None) -> None:
-    """Add the gradient of what `TrainingLoop.penalty` gave to those there are, and its value to the metrics.
-
-    Raises:
-        ValueError: it is neither a scalar with a gradient nor None.
-    """
-    if penalty is not None:
-        check_penalty(penalty, "penalty()")
-        penalty.backward()
-        metrics["penalty"] = penalty.detach()
+    return value
 
 
 def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
@@ -186,8 +180,7 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     Raises:
         ValueError: it is no scalar tensor, or carries no gradient; names the penalty.
     """
-    value = penalty(model)
-    check_penalty(value, getattr(penalty, "__name__", type(penalty).__name__))
+    value = scalar(penalty(model), getattr(penalty, "__name__", type(penalty).__name__))
     spread: Any = value
     return (spread.full_tensor() if is_dtensor(value) else value).float()
 

@@ -20,15 +20,7 @@ from llmtune.data.collate import collate_packed
 from llmtune.errors import LossSpikeError, NonFiniteError
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.modules import train_mode
-from llmtune.training.checks import (
-    add_penalty,
-    check_run,
-    loss_and_parts,
-    sum_of_penalties,
-    targets_of,
-    total_of,
-    try_out,
-)
+from llmtune.training.checks import check_run, loss_and_parts, scalar, sum_of_penalties, targets_of, total_of, try_out
 from llmtune.training.distributed import Ranks
 from llmtune.training.evaluation import evaluation_means
 from llmtune.training.guards import check_finite, check_spike, pass_over
@@ -184,7 +176,10 @@ class TrainingLoop:
         if self.step == 0:
             check_gradients(self.model)
         self._emit("on_task_gradients")
-        add_penalty(metrics, self.penalty())
+        penalty = self.penalty()
+        if penalty is not None:
+            scalar(penalty, "penalty()").backward()
+            metrics["penalty"] = penalty.detach()
         return metrics | {"targets": total}
 
     def clip_gradients(self) -> Tensor:
@@ -201,8 +196,7 @@ class TrainingLoop:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         metrics = within_memory(self, batches)
         self._emit("on_before_optimizer_step")
-        metrics["grad_norm"] = self.clip_gradients()
-        plain_numbers(metrics)
+        metrics = plain_numbers(metrics | {"grad_norm": self.clip_gradients()})
         try:
             check_finite(self.model, metrics, step=self.step + 1, scale=self.scaler.get_scale())
             check_spike(self.history, metrics.get("loss", 0.0), self.settings.spike_factor, step=self.step + 1)
@@ -314,8 +308,7 @@ class TrainingLoop:
             metrics = self.training_step(batches)
             self.step += 1
             tokens, seconds = sum(map(real_tokens, batches)), time.perf_counter() - began
-            row = {"step": self.step, **metrics, "tokens": tokens, "seconds": seconds}
-            plain_numbers(row)
+            row = plain_numbers({"step": self.step, **metrics, "tokens": tokens, "seconds": seconds})
             self.history.append(row)
             self._emit("on_step_end", row)
             self._look(row)
@@ -327,11 +320,10 @@ class TrainingLoop:
     def _look(self, row: dict[str, Any]) -> None:
         """Evaluate and save where that is due after the step that `row` is of."""
         if self._evaluation_due():
-            row.update(self.evaluate())
+            row.update(plain_numbers(self.evaluate()))
             self.evaluated = self.step
-            plain_numbers(row)
             self._emit("on_eval_end", row)
-        plain_numbers(row)  # callbacks may have added to it
+        row.update(plain_numbers(row))  # callbacks may have added to it
         every = self.settings.save_every
         if not self._goes_on() or self.keeper.wanted or (every and self.step % every == 0):
             self.save()

@@ -74,11 +74,14 @@ def _norm(gradients: list[Any]) -> Tensor:
     return norms[0] if len(norms) == 1 else nn.utils.get_total_norm([whole(norm) for norm in norms])
 
 
-def plain_numbers(row: dict[str, Any]) -> None:
-    """Make numbers of a row's tensors and NumPy values of one entry, in place: a row is kept, saved and shown."""
-    for name, value in row.items():
-        if isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
-            row[name] = value.item()
+def plain_numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row with numbers in place of tensors and NumPy values of one entry: it is kept, saved and shown."""
+
+    def plain(value: Any) -> Any:
+        one = isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1
+        return value.item() if one else value
+
+    return {name: plain(value) for name, value in row.items()}
 
 
 def real_tokens(batch: Batch) -> int:
