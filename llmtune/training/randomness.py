@@ -62,7 +62,7 @@ def fetch_rows(data: Rows, indices: Sequence[int], *, seed: int, first: int) -> 
         seed: of the run.
         first: the number of the first row in the endless chain of samples; the others follow.
     """
-    if isinstance(data, list | tuple):
+    if type(data) in (list, tuple):  # a class made of one may draw
         return [data[index] for index in indices]
     with keyed_randomness(seed, "rows"):
         rows = []

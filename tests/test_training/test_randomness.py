@@ -149,6 +149,15 @@ def test_a_plain_list_costs_no_seeding(kind, monkeypatch):
         fetch_rows(Augmented(), [2, 0], seed=0, first=0)
 
 
+def test_a_class_made_of_a_list_may_draw():
+    class Drawing(list):
+        def __getitem__(self, place):
+            return draw()
+
+    rows = Drawing(range(5))
+    assert fetch_rows(rows, [3, 1], seed=0, first=8)[1] == fetch_rows(rows, [1], seed=0, first=9)[0]
+
+
 def test_keyed_randomness_depends_on_the_key_alone_and_puts_the_state_back():
     seed_everything(3)
     np.random.randn()
