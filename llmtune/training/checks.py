@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.losses.packed import check_documents_apart
+from llmtune.training.memory import is_out_of_memory
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import is_dtensor, is_sharded
@@ -129,11 +130,20 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     """Return `penalty(model)` in float32, a scalar.
 
     Raises:
-        ValueError: it is no scalar tensor, or carries no gradient; names the penalty.
+        ValueError: it is no scalar tensor, or carries no gradient, or cannot take a model that is spread over
+            processes; names the penalty.
     """
-    value = penalty(model)
+    name = getattr(penalty, "__name__", type(penalty).__name__)
+    try:
+        value = penalty(model)
+    except RuntimeError as error:
+        if not is_sharded(model) or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the penalty {name} does not take parameters that are spread over processes: train data-parallel, without "
+            f"sharding, or leave it out ({str(error).splitlines()[0]})"
+        ) from error
     if not isinstance(value, Tensor) or value.ndim != 0 or (torch.is_grad_enabled() and not value.requires_grad):
-        name = getattr(penalty, "__name__", type(penalty).__name__)
         raise ValueError(
             f"the penalty {name} must return a scalar tensor that reaches a trainable parameter; got {value!r}"
         )
