@@ -106,12 +106,12 @@ CASES = {  # name: (model, loop, settings, rows, penalties)
 }
 
 
-def make(name, *, sharded=False, **more):
+def make(name, *, sharded=False, mesh=None, **more):
     """Return the loop of a case."""
     model, kind, changed, rows, penalties = CASES[name]
     model = model()
     if sharded:
-        shard(model)
+        shard(model, mesh=mesh)
     run = {"max_steps": 20, "rows_per_step": 8, "rows_per_micro_batch": 2, "learning_rate": 1e-3, "progress": False,
            "eval_every": 5} | changed | more  # fmt: skip
     settings = LoopSettings(**run)
