@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.losses.packed import check_documents_apart
+from llmtune.training.memory import is_out_of_memory
 from llmtune.training.optimizer import check_schedule, steps_in_all
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.settings import LoopSettings
@@ -178,9 +179,19 @@ def checked_penalty(penalty: Penalty, model: nn.Module) -> Tensor:
     """Return `penalty(model)` in float32, a scalar.
 
     Raises:
-        ValueError: it is no scalar tensor, or carries no gradient; names the penalty.
+        ValueError: it is no scalar tensor, or carries no gradient, or cannot take a model that is spread over
+            processes; names the penalty.
     """
-    value = scalar(penalty(model), getattr(penalty, "__name__", type(penalty).__name__))
+    name = getattr(penalty, "__name__", type(penalty).__name__)
+    try:
+        value = scalar(penalty(model), name)
+    except RuntimeError as error:
+        if not is_sharded(model) or is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the penalty {name} does not take parameters that are spread over processes: train data-parallel, without "
+            f"sharding, or leave it out ({str(error).splitlines()[0]})"
+        ) from error
     spread: Any = value
     return (spread.full_tensor() if is_dtensor(value) else value).float()
 

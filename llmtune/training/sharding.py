@@ -135,10 +135,11 @@ def _splits_data(model: nn.Module, mesh: Any) -> list[bool]:
 
 def check_spread(model: nn.Module) -> None:
     """Raise ValueError where the way in which the model is spread over processes cannot be trained."""
-    asked: Any = getattr(getattr(model, "config", None), "distributed_config", None)
-    if getattr(asked, "pp_size", 1) > 1:
+    asked = getattr(getattr(model, "config", None), "distributed_config", None)
+    stages = getattr(asked, "pp_size", 1) or 1
+    if stages > 1:
         raise ValueError(
-            f"the model is cut into {asked.pp_size} pipeline stages, which the loop cannot train: load it with "
+            f"the model is cut into {stages} pipeline stages, which the loop cannot train: load it with "
             "DistributedConfig(fsdp_size=...) or tp_size=..."
         )
     for name, module in model.named_modules():

@@ -86,33 +86,34 @@ def near_start(model):
 ROWS = uneven_rows(13)
 HOLES = [{**row, "labels": [-100] * len(row["labels"])} if i in (1, 2) else row for i, row in enumerate(ROWS)]
 
+FEW = {"max_steps": 6}
 CASES = {  # name: (model, loop, settings, rows, penalties)
     "full": (tiny_llama, TrainingLoop, {}, ROWS, ()),
     "lora": (lambda: with_lora(tiny_llama()), TrainingLoop, {}, ROWS, ()),
     "holes": (tiny_llama, TrainingLoop, {"rows_per_step": 3, "rows_per_micro_batch": 1}, HOLES, ()),
     "epochs": (tiny_llama, TrainingLoop, {"max_steps": None, "epochs": 3, "rows_per_step": 5}, ROWS, ()),
-    "sometimes": (lambda: with_extra(tiny_llama()), SometimesUsed, {"rows_per_micro_batch": 1}, ROWS, ()),
-    "penalty": (tiny_llama, TrainingLoop, {}, ROWS, (near_start,)),
-    "drawing": (tiny_llama, Drawing, {}, ROWS, ()),
-    "clipped": (tiny_llama, TrainingLoop, {"clip_norm": 0.1}, ROWS, ()),
-    "twice": (tiny_llama, Twice, {}, ROWS, ()),
+    "sometimes": (lambda: with_extra(tiny_llama()), SometimesUsed, FEW | {"rows_per_micro_batch": 1}, ROWS, ()),
+    "penalty": (tiny_llama, TrainingLoop, FEW, ROWS, (near_start,)),
+    "drawing": (tiny_llama, Drawing, FEW, ROWS, ()),
+    "clipped": (tiny_llama, TrainingLoop, FEW | {"clip_norm": 0.1}, ROWS, ()),
+    "twice": (tiny_llama, Twice, FEW, ROWS, ()),
     "twice lora": (lambda: with_lora(tiny_llama()), Twice, {}, ROWS, ()),
-    "functional": (tiny_llama, Functional, {}, ROWS, ()),
-    "sharpness": (tiny_llama, Sharpness, {}, ROWS, ()),
-    "bf16": (tiny_llama, TrainingLoop, {"precision": "bf16"}, ROWS, ()),
-    "fp16": (tiny_llama, TrainingLoop, {"precision": "fp16"}, ROWS, ()),
-    "tied": (lambda: tiny_llama(tied=True), TrainingLoop, {}, ROWS, ()),
+    "functional": (tiny_llama, Functional, FEW, ROWS, ()),
+    "sharpness": (tiny_llama, Sharpness, FEW, ROWS, ()),
+    "bf16": (tiny_llama, TrainingLoop, FEW | {"precision": "bf16"}, ROWS, ()),
+    "fp16": (tiny_llama, TrainingLoop, FEW | {"precision": "fp16"}, ROWS, ()),
+    "tied": (lambda: tiny_llama(tied=True), TrainingLoop, FEW, ROWS, ()),
 }
 
 
-def make(name, *, sharded=False, **more):
+def make(name, *, sharded=False, mesh=None, **more):
     """Return the loop of a case."""
     model, kind, changed, rows, penalties = CASES[name]
     model = model()
     if sharded:
-        shard(model)
+        shard(model, mesh=mesh)
     run = {"max_steps": 20, "rows_per_step": 8, "rows_per_micro_batch": 2, "learning_rate": 1e-3, "progress": False,
-           "eval_every": 7} | changed | more  # fmt: skip
+           "eval_every": 5} | changed | more  # fmt: skip
     settings = LoopSettings(**run)
     return kind(model, rows, settings=settings, eval_data=uneven_rows(5), penalties=penalties)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks_cases import CASES, make, measured, off
+from ranks_cases import CASES, gone_through, make, measured, off
 from ranks_worker import run
 
 from llmtune.training.distributed import Ranks
@@ -47,7 +47,7 @@ def test_two_processes_are_one(alone, tmp_path):
 
 
 def test_four_processes_are_one(alone, tmp_path):
-    compare(4, ["full", "lora", "holes", "epochs"], False, alone, tmp_path)
+    compare(4, ["lora", "holes"], False, alone, tmp_path)
 
 
 def test_two_processes_with_a_sharded_model_are_one(alone, tmp_path):
@@ -134,3 +134,15 @@ def test_all_start_from_the_main_ones_weights(sharded, tmp_path):
     (drawn, began), (other, also) = run(2, start, sharded, folder=tmp_path)
     assert off(other, drawn) > 0.1
     assert off(began, drawn) == off(also, drawn) == 0
+
+
+def hybrid(rank, named):
+    """Sharded over two processes and repeated over two, in a mesh with names or without."""
+    mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard") if named else None)
+    return gone_through(make("full", sharded=True, mesh=mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False])
+def test_hybrid_sharding_is_one(named, alone, tmp_path):
+    same(run(4, hybrid, named, folder=tmp_path), alone("full"))

@@ -1,6 +1,7 @@
 """What goes wrong in one process is heard in all; what several processes cannot do is refused before any work."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from ranks_cases import gradients, make, off
 from ranks_worker import Processes, run
 from torch import nn
 
+from llmtune.forgetting import EWC
 from llmtune.testing.models import tiny_llama
 from llmtune.training.distributed import Ranks, join_processes
 from llmtune.training.loop import TrainingLoop
@@ -132,14 +134,23 @@ def refusals(rank):
     ask("wrapped", lambda: rewrapped(nn.parallel.DistributedDataParallel(tiny_llama())))
     ask("fp16", lambda: make("fp16", sharded=True))
     ask("functional", functional)
+
+    def consolidated():
+        model = tiny_llama()
+        fisher = {"lm_head.weight": torch.ones(97, 28)}
+        penalty = EWC(fisher, {"lm_head.weight": torch.zeros(97, 28)}, strength=1.0)
+        loop = rewrapped(shard(model), penalties=[penalty])
+        loop.fit()
+
+    ask("penalty", consolidated)
     ask("half a mesh", lambda: rewrapped(shard(tiny_llama(), mesh=half_a_mesh(rank))))
     ask("odd mesh", lambda: rewrapped(odd_mesh()))
     return said
 
 
-def rewrapped(model):
+def rewrapped(model, penalties=()):
     loop = make("full")
-    return TrainingLoop(model, loop.train_data, settings=loop.settings, eval_data=loop.eval_data)
+    return TrainingLoop(model, loop.train_data, settings=loop.settings, eval_data=loop.eval_data, penalties=penalties)
 
 
 def half_a_mesh(rank):
@@ -168,6 +179,7 @@ def test_what_several_processes_cannot_do_is_said(tmp_path):
     )
     assert said["fp16"].startswith("ValueError: a sharded model cannot be trained in fp16")
     assert said["functional"].startswith("ValueError: a sharded model cannot be called with other parameters than its")
+    assert said["penalty"].startswith("ValueError: the penalty EWC does not take parameters that are spread over")
     assert said["half a mesh"].startswith("ValueError: the model is spread over 1 of 2 processes")
     assert said["odd mesh"].startswith('ValueError: the mesh has a dimension "mine": name those that split the data')
 
@@ -186,3 +198,20 @@ def test_one_process_alone_joins_nothing(monkeypatch):
     ranks = Ranks(nn.Linear(2, 3))
     assert (ranks.rank, ranks.world, ranks.main, ranks.sharded) == (0, 1, True, False)
     assert ranks.exchange("only") == ["only"]
+
+
+def joined(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = join_processes("gloo")
+    join_processes()  # a second time changes nothing
+    ranks = Ranks(nn.Linear(2, 3))
+    return device.type, torch.distributed.get_backend(), ranks.rank, ranks.world, ranks.exchange(rank)
+
+
+def test_several_join_as_torchrun_says(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = Processes(2, joined, port, folder=tmp_path, joined=False).results()
+    kind = (torch.accelerator.current_accelerator() or torch.device("cpu")).type
+    assert found == [(kind, "gloo", 0, 2, [0, 1]), (kind, "gloo", 1, 2, [0, 1])]

@@ -46,7 +46,7 @@ def in_way(way, *arguments, folder):
     return run(world, part, arguments[0], sharded, *arguments[1:], folder=folder)[0]
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
 def uninterrupted(request, tmp_path_factory):
     name = request.param
     made = {}
@@ -113,7 +113,7 @@ def until_told(rank, sharded, folder, told):
 
 
 @pytest.mark.parametrize(("sharded", "told"), [(False, 1), (True, 1), (False, 0)])
-def test_a_signal_to_one_stops_all_after_the_same_step(sharded, told, uninterrupted, tmp_path):
+def test_a_signal_to_one_stops_all_after_the_same_step(sharded, told, tmp_path):
     started = Processes(2, until_told, sharded, tmp_path / "run", told, folder=tmp_path)
     assert started.codes() == [143, 143]
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000004"]

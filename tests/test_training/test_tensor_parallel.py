@@ -67,8 +67,8 @@ def loaded(path, spread):
 
 
 def loop_of(model, **more):
-    run = {"max_steps": 6, "rows_per_step": 8, "rows_per_micro_batch": 2, "learning_rate": 1e-3, "progress": False,
-           "eval_every": 4} | more  # fmt: skip
+    run = {"max_steps": 4, "rows_per_step": 8, "rows_per_micro_batch": 2, "learning_rate": 1e-3, "progress": False,
+           "eval_every": 2} | more  # fmt: skip
     return TrainingLoop(model, ROWS, settings=LoopSettings(**run), eval_data=uneven_rows(5))
 
 
@@ -114,7 +114,7 @@ def test_lora_on_what_transformers_has_sharded(way, saved, tmp_path):
 
 def part(rank, path, spread, folder, steps):
     """Train up to `steps` of six, and return the weights."""
-    loop = loop_of(loaded(path, spread), folder=folder, save_every=2)
+    loop = loop_of(loaded(path, spread), folder=folder, save_every=2, max_steps=6)
 
     class Leave(Exception):
         pass

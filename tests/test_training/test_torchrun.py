@@ -51,6 +51,7 @@ def same_bits(one, other):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_script_joins_trains_and_ends(tmp_path):
     code, printed = ended(torchrun("plain", tmp_path / "run"))
     assert code == 0, printed
