@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _check_sendable(batches: list[Batch]) -> None:
     for batch in batches:
         for name, value in batch.items():
             try:
-                pickle.dumps(value) if not isinstance(value, torch.Tensor) else None
+                ForkingPickler.dumps(value) if not isinstance(value, torch.Tensor) else None
             except Exception as error:
                 raise TypeError(
                     f"a batch's {name!r}, a {type(value).__name__}, cannot be sent from a data worker: {error}; set "
@@ -115,7 +116,8 @@ def _check_sendable(batches: list[Batch]) -> None:
 def _as_sent(error: Exception) -> Exception:
     """Return the error, or its words in one that can be sent."""
     try:
-        pickle.loads(pickle.dumps(error))
+        ForkingPickler.dumps(error)
+        copy.copy(error)  # is made anew as by who receives it
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
