@@ -25,7 +25,7 @@ from llmtune.training.distributed import Ranks
 from llmtune.training.evaluation import evaluation_means
 from llmtune.training.guards import check_finite, check_spike, pass_over
 from llmtune.training.history import History
-from llmtune.training.optimizer import adamw_with_schedule, steps_in_all
+from llmtune.training.optimizer import adamw_with_schedule, check_configured, steps_in_all
 from llmtune.training.out_of_memory import within_memory
 from llmtune.training.randomness import fetch_rows, rows_of_step, seed_everything
 from llmtune.training.resume import Keeper
@@ -246,7 +246,7 @@ class TrainingLoop:
     @cached_property
     def _configured(self) -> tuple[torch.optim.Optimizer, Any]:
         self.ranks.settle(self.model)
-        return self.configure_optimizer()
+        return check_configured(self.configure_optimizer())
 
     optimizer = property(lambda self: self._configured[0], doc="The optimizer.")
     scheduler = property(lambda self: self._configured[1], doc="The learning-rate scheduler.")

@@ -41,6 +41,23 @@ def adamw_with_schedule(
     return optimizer, _schedule(optimizer, settings, total_steps)
 
 
+def check_configured(made: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """Return what `configure_optimizer` gave.
+
+    Raises:
+        TypeError: it is no pair of an optimizer and a schedule that steps without a metric.
+    """
+    pair = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    plateau = isinstance(pair[1], torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if not hasattr(pair[0], "param_groups") or not hasattr(pair[1], "step") or plateau:
+        came = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
+        raise TypeError(
+            f"configure_optimizer must return (optimizer, schedule), a schedule that steps without a metric; got "
+            f"{came}. For a constant rate give torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)"
+        )
+    return pair
+
+
 def check_schedule(settings: LoopSettings, total_steps: int) -> None:
     """Try the schedule on an optimizer of nothing.
 

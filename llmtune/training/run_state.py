@@ -93,8 +93,7 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
             f"the run's penalties and callbacks with state were {saved or 'none'}; now they are "
             f"{[type(watcher).__name__ for watcher in watchers] or 'none'}"
         )
-    for watcher, (_, value) in zip(watchers, state["watchers"], strict=True):
-        watcher.load_state_dict(value)
+    _load_watchers(watchers, [value for _, value in state["watchers"]])
     with torch.no_grad():
         for name, value in state["model"].items():
             own[name].copy_(spread_like(value, own[name]))
@@ -184,6 +183,18 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the functions a scheduler keeps beside its state."""
     return {key: value for key, value in state.items() if not callable(value)}
+
+
+def _load_watchers(watchers: list[Any], states: list[Any]) -> None:
+    """Give each its state; where one refuses, those before it get back what they had."""
+    before = [watcher.state_dict() for watcher in watchers]
+    for place, (watcher, state) in enumerate(zip(watchers, states, strict=True)):
+        try:
+            watcher.load_state_dict(state)
+        except Exception:
+            for earlier, had in zip(watchers[:place], before, strict=False):
+                earlier.load_state_dict(had)
+            raise
 
 
 def _watchers(loop: TrainingLoop) -> list[Any]:

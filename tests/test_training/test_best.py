@@ -173,3 +173,27 @@ def test_a_run_without_evaluations_is_refused():
     settings = LoopSettings(max_steps=3, progress=False)
     with pytest.raises(ValueError, match="KeepBest goes by the evaluations, and there will be none"):
         TrainingLoop(tiny_llama(), uneven_rows(), settings=settings, callbacks=[KeepBest()]).fit()
+
+
+def test_a_refusal_of_one_leaves_the_others_as_they_were(tmp_path):
+    class Counting(Callback):
+        def __init__(self):
+            self.calls = 0
+
+        def on_step_end(self, loop, metrics):
+            self.calls += 1
+
+        def state_dict(self):
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state):
+            self.calls = state["calls"]
+
+    first = scripted(tmp_path)
+    first.callbacks.insert(0, Counting())
+    first.fit()
+    other = scripted(tmp_path, keep=KeepBest(mode="max"))
+    other.callbacks.insert(0, Counting())
+    with pytest.raises(CheckpointError, match="mode was 'min' in the run and is 'max' now"):
+        other.fit(resume=True)
+    assert other.callbacks[0].calls == 0

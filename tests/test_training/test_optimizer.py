@@ -157,3 +157,24 @@ def test_the_first_step_is_adamw_written_out():
 def test_steps_of_some_epochs(rows, size, epochs, wanted):
     assert steps_in_all(LoopSettings(epochs=epochs, rows_per_step=size), range(rows)) == wanted
     assert steps_in_all(LoopSettings(max_steps=11, rows_per_step=size), range(rows)) == 11
+
+
+@pytest.mark.parametrize(
+    ("make", "came"),
+    [
+        (lambda optimizer: optimizer, "SGD"),
+        (lambda optimizer: (optimizer, None), "SGD, NoneType"),
+        (
+            lambda optimizer: (optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)),
+            "SGD, ReduceLROnPlateau",
+        ),
+    ],
+)
+def test_what_is_no_optimizer_with_a_schedule_is_told(make, came):
+    class Own(TrainingLoop):
+        def configure_optimizer(self):
+            return make(torch.optim.SGD(self.model.parameters(), lr=0.1))
+
+    loop = Own(tiny_llama(), uneven_rows(), settings=LoopSettings(max_steps=3, progress=False))
+    with pytest.raises(TypeError, match=rf"must return \(optimizer, schedule\), .* got {came}\. For a constant"):
+        loop.fit()
