@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,12 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Return whether torch's FSDP gathers the module's parameters and reduces their gradients."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where that is not loaded nothing is sharded
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ model's own logits.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.losses.cross_entropy import scaled_and_capped
-from llmtune.modules import unwrap
+from llmtune.modules import is_fsdp, unwrap
 from llmtune.types import Batch
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
@@ -102,20 +101,15 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
             f"{len(captured)} times. Compute the loss from the model's own logits instead"
         )
     hidden, logits = captured[0], _logits(output, raw[0])
-    if logits is not None and _is_fsdp(inner):
+    if logits is not None and is_fsdp(inner):
         hidden = hidden + 0.0 * logits.sum()  # FSDP starts its backward pass at the model's own output, or crashes
     return hidden, _head(inner, module, raw[0], output)
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _gathered(module: nn.Module, tensor: Any) -> Any:
     """Return a tensor-parallel head's parameter whole where FSDP manages the head: FSDP lets it run once a pass."""
     spread = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None)
-    return tensor.full_tensor() if spread == ("tp",) and _is_fsdp(module) else tensor
+    return tensor.full_tensor() if spread == ("tp",) and is_fsdp(module) else tensor
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

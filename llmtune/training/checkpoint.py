@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 from llmtune.errors import CheckpointError
-from llmtune.training.checkpoint_folder import list_checkpoints, named_checkpoints, sweep
+from llmtune.training.checkpoint_folder import named_checkpoints, sweep
 from llmtune.training.checkpoint_read import read_checkpoint
-from llmtune.training.checkpoint_state import split_tensors
 from llmtune.training.checkpoint_write import AddFiles, begin_checkpoint, check_arguments
-
-__all__ = ["fingerprint", "list_checkpoints", "newest_valid", "read_checkpoint", "split_tensors", "write_checkpoint"]
 
 
 def write_checkpoint(

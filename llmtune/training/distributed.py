@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from llmtune.errors import CheckpointError
+from llmtune.modules import is_fsdp
 from llmtune.training.memory import is_out_of_memory
 from llmtune.training.randomness import fixed_randomness, seed_everything
 from llmtune.training.sharding import (
@@ -29,7 +30,6 @@ from llmtune.training.sharding import (
     data_dimensions,
     give_up_gathered,
     is_dtensor,
-    is_fsdp,
     is_sharded,
     send_from_main,
     sum_over_shards,
@@ -204,7 +204,10 @@ class Ranks:
         trained = [parameter for parameter in own if parameter.requires_grad]
         numbers = {name: float(value) for name, value in metrics.items()} if failure is None else {}
         said = self.exchange((_told(failure), self.rank, numbers, [p.grad is not None for p in trained]))
-        _raise_together(failure, [told for told, *_ in said])
+        try:
+            _raise_together(failure, [told for told, *_ in said])
+        finally:
+            failure = None  # its traceback holds this frame, and the graph that found no memory with it
         metrics.clear()
         for share in {rank: numbers for _, rank, numbers, _ in said}.values():  # tensor-parallel parts count once
             for name, value in share.items():

@@ -8,7 +8,6 @@ from typing import Any
 
 from llmtune.errors import LlmtuneWarning
 from llmtune.training.averages import Averages
-from llmtune.training.main_process import is_main
 from llmtune.types import Callback
 
 
@@ -77,7 +76,7 @@ class LogTo(Callback):
         self._hand_on(loop, self._averages.take())
 
     def _hand_on(self, loop: Any, values: dict[str, float]) -> None:
-        if not values or not is_main(loop):
+        if not values or not loop.ranks.main:
             return
         try:
             self.function(values, loop.step)

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from llmtune.training.averages import Averages
-from llmtune.training.main_process import is_main
 from llmtune.training.memory import peak_memory
 from llmtune.types import Callback
 
@@ -54,7 +53,7 @@ class NotebookView(Callback):
 
         self.rows, self._averages, self._note, self._handle = [], Averages(), "", None
         self._start = (loop.step, time.monotonic())
-        if is_main(loop):
+        if loop.ranks.main:
             display(HTML(f"<pre>{html.escape(banner(loop))}</pre>"))
             self._handle = display(HTML(self.html(loop)), display_id=True)
 

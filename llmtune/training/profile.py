@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from llmtune.training.main_process import is_main
 from llmtune.types import Callback
 
 ROWS = 30
@@ -57,7 +56,7 @@ class Profile(Callback):
                 f"Profile needs {self._left} steps (wait {self.wait}, warmup {self.warmup}, active {self.active}); "
                 f"the run has {steps}: lower one of them, or leave Profile out"
             )
-        if steps == 0 or not is_main(loop):
+        if steps == 0 or not loop.ranks.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._profiler = torch.profiler.profile(

@@ -22,7 +22,7 @@ from llmtune.training.agreement import (
 from llmtune.training.checkpoint import fingerprint
 from llmtune.training.history import History
 from llmtune.training.randomness import random_state, set_random_state
-from llmtune.training.sharding import gathered, spread_like, whole
+from llmtune.training.sharding import spread_like, whole
 from llmtune.types import Callback
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def run_state(loop: TrainingLoop) -> dict[str, Any]:
     """Return the run as nested tensors and JSON values: what is trained, the optimizer, random states, what was seen.
 
     Frozen parameters are stored only where `save_frozen` says so; a short fingerprint of each makes sure that the same
-    ones are there again. Tensors that are spread over processes come whole, in the main process; call it in all.
+    ones are there again. Tensors that are spread over processes come as they are; call it in all of them.
     """
     model = unwrap(loop.model)
-    state = {
+    return {
         "step": loop.step,
         "run": {
             "rows": row_count(loop.train_data),
@@ -63,7 +63,6 @@ def run_state(loop: TrainingLoop) -> dict[str, Any]:
         "history": list(loop.history),
         "watchers": [[type(watcher).__name__, watcher.state_dict()] for watcher in _watchers(loop)],
     }
-    return gathered(state, keep=loop.ranks.main) if loop.ranks.sharded else state
 
 
 def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
@@ -80,7 +79,6 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
     missing = sorted(expected - set(state))
     if missing:
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing)}: it is not one of a TrainingLoop")
-    own = dict(changing(model, frozen=True))
     same_model(model, state, dict(changing(model)))
     same_adapters(adapters_of(model), state["adapters"])
     told = same_run(loop, state["run"])
@@ -94,9 +92,7 @@ def take_back(loop: TrainingLoop, state: Mapping[str, Any]) -> None:
             f"{[type(watcher).__name__ for watcher in watchers] or 'none'}"
         )
     _load_watchers(watchers, [value for _, value in state["watchers"]])
-    with torch.no_grad():
-        for name, value in state["model"].items():
-            own[name].copy_(spread_like(value, own[name]))
+    load_weights(model, state)
     _load_optimizer(loop.optimizer, state["optimizer"])
     loop.scheduler.load_state_dict(dict(state["scheduler"]))
     loop.scaler.load_state_dict(dict(state["scaler"]))

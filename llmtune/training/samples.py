@@ -14,7 +14,6 @@ from torch import nn
 
 from llmtune.errors import LlmtuneWarning
 from llmtune.modules import unwrap
-from llmtune.training.main_process import is_main
 from llmtune.training.untouched import untouched
 from llmtune.types import Callback
 
@@ -80,7 +79,7 @@ class GenerateSamples(Callback):
             raise ValueError("samples come after evaluations, and there will be none: give every=, or eval_data")
         self._warned = False
         path = _file(loop)
-        if path is not None and path.exists() and is_main(loop):
+        if path is not None and path.exists() and loop.ranks.main:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             _replace(path, [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= loop.step])
 
@@ -100,7 +99,7 @@ class GenerateSamples(Callback):
     def _write(self, loop: Any) -> None:
         try:
             texts = self._texts(loop)
-            if is_main(loop):
+            if loop.ranks.main:
                 _show(loop, list(zip(map(_shown, self.prompts), texts, strict=True)))
         except Exception as error:  # a look at the model must not cost the run
             if not self._warned:

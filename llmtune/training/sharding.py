@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.errors import did_you_mean
+from llmtune.modules import is_fsdp
 
 SPLITS_DATA = ("dp", "dp_replicate", "dp_shard", "fsdp", "replicate", "shard")
 SPLITS_MODEL = ("tp", "ep")
@@ -83,12 +83,6 @@ def send_from_main(tensors: Iterable[Tensor]) -> None:
 def is_dtensor(tensor: Any) -> bool:
     """Return whether a tensor is spread over processes."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "full_tensor")
-
-
-def is_fsdp(module: nn.Module) -> bool:
-    """Return whether FSDP gathers the module's parameters and reduces their gradients."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing is sharded
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -43,7 +43,9 @@ def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
     inner: Any = unwrap(model)
     if on:
         check_checkpointing(model)
-    if not on or getattr(inner, "is_gradient_checkpointing", False):
+    newest = "is_activation_checkpointing"  # asking by the older name warns where there is a newer one
+    name = newest if hasattr(type(inner), newest) else "is_gradient_checkpointing"
+    if not on or getattr(inner, name, False):
         yield
         return
     if hasattr(inner, "activation_checkpointing_enable"):

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from runs import Stop
 from torch import nn
 
 from llmtune.adapters import LoRA, attach
@@ -27,15 +28,6 @@ def run(folder, *, model=None, data=None, kind=TrainingLoop, more=None, **change
     return kind(
         model or tiny_llama(), data or uneven_rows(11), settings=settings, collate=collate_padded, **(more or {})
     )
-
-
-class Stop(Callback):
-    def __init__(self, step):
-        self.at = step
-
-    def on_step_end(self, loop, metrics):
-        if loop.step == self.at + 1:
-            raise KeyboardInterrupt
 
 
 def weights(model):

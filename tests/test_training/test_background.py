@@ -10,7 +10,8 @@ import torch
 from llmtune.errors import CheckpointError
 from llmtune.training import checkpoint_write
 from llmtune.training.background import CheckpointWriter
-from llmtune.training.checkpoint import newest_valid, read_checkpoint
+from llmtune.training.checkpoint import newest_valid
+from llmtune.training.checkpoint_read import read_checkpoint
 
 
 @pytest.fixture

@@ -17,16 +17,10 @@ import torch
 
 from llmtune.errors import CheckpointError, LlmtuneWarning
 from llmtune.training import checkpoint_folder, checkpoint_write
-from llmtune.training.checkpoint import (
-    fingerprint,
-    list_checkpoints,
-    newest_valid,
-    read_checkpoint,
-    split_tensors,
-    write_checkpoint,
-)
-from llmtune.training.checkpoint_read import verify_checkpoint
-from llmtune.training.checkpoint_state import join_tensors
+from llmtune.training.checkpoint import fingerprint, newest_valid, write_checkpoint
+from llmtune.training.checkpoint_folder import list_checkpoints
+from llmtune.training.checkpoint_read import read_checkpoint, verify_checkpoint
+from llmtune.training.checkpoint_state import join_tensors, split_tensors
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork a process")
 

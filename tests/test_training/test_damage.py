@@ -16,7 +16,8 @@ import torch
 from llmtune.errors import CheckpointError, LlmtuneWarning
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_gpt2
-from llmtune.training.checkpoint import list_checkpoints, newest_valid, write_checkpoint
+from llmtune.training.checkpoint import newest_valid, write_checkpoint
+from llmtune.training.checkpoint_folder import list_checkpoints
 from llmtune.training.checkpoint_read import read_checkpoint, verify_checkpoint
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings

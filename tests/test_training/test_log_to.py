@@ -69,7 +69,9 @@ def test_an_interrupt_is_no_failure_of_the_logger():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        LogTo(interrupted, every=1).on_step_end(SimpleNamespace(step=1, total_steps=9), {"loss": 1.0})
+        LogTo(interrupted, every=1).on_step_end(
+            SimpleNamespace(step=1, total_steps=9, ranks=SimpleNamespace(main=True)), {"loss": 1.0}
+        )
 
 
 def test_what_is_left_is_handed_on_when_the_run_ends_otherwise():

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from runs import equal, settings, weights
 from torch import nn
 
 from llmtune.adapters import LoRA, attach
@@ -18,20 +19,7 @@ from llmtune.losses.packed import document_leak
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama
 from llmtune.training.loop import TrainingLoop
-from llmtune.training.settings import LoopSettings
 from llmtune.types import Callback
-
-
-def settings(**changed):
-    return LoopSettings(**({"max_steps": 3, "rows_per_step": 4, "progress": False, "learning_rate": 1e-3} | changed))
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def equal(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
 
 
 def test_a_run_records_every_step_and_learns(tmp_path):

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from runs import equal, settings, weights
 from torch import nn
 
 from llmtune.adapters import LoRA, attach
@@ -14,22 +15,9 @@ from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_gpt2, tiny_llama
 from llmtune.training.best import KeepBest
-from llmtune.training.checkpoint import read_checkpoint
+from llmtune.training.checkpoint_read import read_checkpoint
 from llmtune.training.loop import TrainingLoop
-from llmtune.training.settings import LoopSettings
 from llmtune.types import Callback
-
-
-def settings(**changed):
-    return LoopSettings(**({"max_steps": 3, "rows_per_step": 4, "progress": False, "learning_rate": 1e-3} | changed))
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def equal(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one) and one.keys() == other.keys()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from runs import StreamOf
 
 from llmtune.adapters import IA3, DoRA, LayerNormTuning, LoRA, PrefixTuning, VeRA, attach
 from llmtune.data.collate import collate_packed, collate_padded
@@ -54,23 +55,6 @@ class MapStyle:
 
     def __getitem__(self, place):
         return self.rows[place]
-
-
-class Stream:
-    def __init__(self, rows):
-        self.rows, self.place = rows, 0
-
-    def __iter__(self):
-        while self.place < len(self.rows):
-            self.place += 1
-            yield self.rows[self.place - 1]
-        self.place = 0
-
-    def state_dict(self):
-        return {"place": self.place}
-
-    def load_state_dict(self, state):
-        self.place = state["place"]
 
 
 class Broken(Exception):
@@ -153,7 +137,7 @@ def drawn(chance):
             attach(model, adapter)
         callbacks = [EarlyStopping(patience=patience)] if settings["eval_every"] else []
         callbacks += [KeepBest(restore=restore)] if evaluated and kept else []
-        rows = {"list": list, "map-style": MapStyle, "stream": Stream}[data](uneven_rows(count))
+        rows = {"list": list, "map-style": MapStyle, "stream": StreamOf}[data](uneven_rows(count))
         loop = Loop(
             model, rows, settings=LoopSettings(folder=folder, **settings), loss=loss, callbacks=callbacks,
             collate=collate_packed if packed else collate_padded, penalties=[Pull()] if pulled else [],

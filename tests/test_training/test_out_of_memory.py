@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from runs import StreamOf
 from torch import nn
 
 from llmtune.data.collate import collate_padded
@@ -170,25 +171,6 @@ def test_with_data_workers_the_batches_made_ahead_are_forgotten():
     assert equal(weights(same.model), weights(found.model))
 
 
-class Counting:
-    """A stream of numbered rows that counts what it has given."""
-
-    def __init__(self):
-        self.rows, self.place = uneven_rows(13), 0
-
-    def __iter__(self):
-        while self.place < len(self.rows):
-            self.place += 1
-            yield self.rows[self.place - 1]
-        self.place = 0
-
-    def state_dict(self):
-        return {"place": self.place}
-
-    def load_state_dict(self, state):
-        self.place = state["place"]
-
-
 def test_a_stream_is_not_read_twice():
     class Sized(Small):
         """The size that the other run comes to, from the same step on."""
@@ -199,7 +181,7 @@ def test_a_stream_is_not_read_twice():
                 batches = self.micro_batches(1)
             return super().training_step(batches)
 
-    wanted, found = small(data=Counting(), loop=Sized), small(most=4, since=1, data=Counting())
+    wanted, found = small(data=StreamOf(), loop=Sized), small(most=4, since=1, data=StreamOf())
     assert [row["loss"] for row in found.fit()] == [row["loss"] for row in wanted.fit()]
     assert found.train_data.place == wanted.train_data.place == 24 - 13
     assert equal(weights(wanted.model), weights(found.model))

@@ -10,7 +10,8 @@ from ranks_cases import make, off, weights
 from ranks_worker import Processes, run
 
 from llmtune.errors import CheckpointError
-from llmtune.training.checkpoint import list_checkpoints, read_checkpoint
+from llmtune.training.checkpoint_folder import list_checkpoints
+from llmtune.training.checkpoint_read import read_checkpoint
 from llmtune.types import Callback
 
 WAYS = {"one": (1, False), "two": (2, False), "sharded": (2, True)}

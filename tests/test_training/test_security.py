@@ -17,7 +17,8 @@ from llmtune.adapters import LoRA, attach
 from llmtune.adapters.files import load, save
 from llmtune.errors import CheckpointError
 from llmtune.testing.models import tiny_llama
-from llmtune.training.checkpoint import list_checkpoints, newest_valid, write_checkpoint
+from llmtune.training.checkpoint import newest_valid, write_checkpoint
+from llmtune.training.checkpoint_folder import list_checkpoints
 from llmtune.training.checkpoint_read import read_checkpoint, verify_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from llmtune.data.collate import collate_padded
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_gpt2
 from llmtune.training.best import KeepBest
-from llmtune.training.checkpoint import list_checkpoints, newest_valid
+from llmtune.training.checkpoint import newest_valid
+from llmtune.training.checkpoint_folder import list_checkpoints
 from llmtune.training.early_stopping import EarlyStopping
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from runs import Stop
 from torch.utils.data import IterableDataset
 
 from llmtune.data.collate import collate_padded
@@ -247,15 +248,6 @@ def test_any_state_of_json_and_tensors_will_do(tmp_path):
         run(Bare(11, uneven_rows(11)), folder=tmp_path, save_every=1, callbacks=[Stop(5)]).fit()
     again = run(Bare(11, uneven_rows(11)), folder=tmp_path, save_every=1).fit(resume=True)
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
-
-
-class Stop(Callback):
-    def __init__(self, step):
-        self.at = step
-
-    def on_step_end(self, loop, metrics):
-        if loop.step == self.at + 1:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtune.training.checkpoint import list_checkpoints, read_checkpoint
+from llmtune.training.checkpoint_folder import list_checkpoints
+from llmtune.training.checkpoint_read import read_checkpoint
 from llmtune.training.distributed import join_processes
 
 SCRIPT = Path(__file__).with_name("torchrun_worker.py")
