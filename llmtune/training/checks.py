@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmtune.losses.packed import check_documents_apart
 from llmtune.training.memory import is_out_of_memory
 from llmtune.training.optimizer import check_schedule, steps_in_all
-from llmtune.training.randomness import fixed_randomness
+from llmtune.training.randomness import fixed_randomness, seed_everything
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import is_dtensor, is_sharded
 from llmtune.training.streams import is_stream
@@ -204,7 +204,8 @@ def sum_of_penalties(penalties: Sequence[Penalty], model: nn.Module) -> Tensor |
 
 
 def try_out(loop: TrainingLoop, batches: Sequence[Batch]) -> None:
-    """Try the first batch of a step; nothing is changed by it.
+    """Try the first batch of a step. Nothing is changed by it but the random state: what callbacks draw before the
+    first step is then a function of (seed, step), whoever made the batch.
 
     Raises:
         ValueError: there is none; or the model lets documents of such a batch see each other.
@@ -217,6 +218,7 @@ def try_out(loop: TrainingLoop, batches: Sequence[Batch]) -> None:
     with fixed_randomness():
         check_documents_apart(loop.model, loop.prepare_batch(batches[0]))
     loop.ranks.settle(loop.model)
+    seed_everything(loop.settings.seed, "start", loop.step)
 
 
 def check_processes(model: nn.Module, precision: str) -> None:

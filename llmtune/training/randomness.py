@@ -23,12 +23,13 @@ def derive_seed(*key: int | str) -> int:
 
 def seed_everything(*key: int | str) -> None:
     """Seed Python's, NumPy's and torch's (every device's) random state, each from a seed derived from `key`."""
-    _seed_cpu(*key)
+    seed_cpu(*key)
     if torch.accelerator.is_available():
         torch.manual_seed(derive_seed(*key, "torch"))
 
 
-def _seed_cpu(*key: int | str) -> None:
+def seed_cpu(*key: int | str) -> None:
+    """Seed Python's, NumPy's and torch's random state on the CPU, each from a seed derived from `key`."""
     random.seed(derive_seed(*key, "python"))
     np.random.seed(derive_seed(*key, "numpy") % 2**32)
     torch.default_generator.manual_seed(derive_seed(*key, "torch"))
@@ -42,7 +43,7 @@ def keyed_randomness(*key: int | str) -> Iterator[None]:
     which process or worker it runs, or whether the run was resumed.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    _seed_cpu(*key)
+    seed_cpu(*key)
     try:
         yield
     finally:
@@ -67,7 +68,7 @@ def fetch_rows(data: Rows, indices: Sequence[int], *, seed: int, first: int) -> 
     with keyed_randomness(seed, "rows"):
         rows = []
         for sample, index in enumerate(indices, first):
-            _seed_cpu(seed, "sample", sample)
+            seed_cpu(seed, "sample", sample)
             rows.append(data[index])
     return rows
 

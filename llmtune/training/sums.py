@@ -30,7 +30,8 @@ def add_share(metrics: dict[str, Any], values: Mapping[str, Any], share: float) 
 def drop_gradients(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
     """Drop all gradients, and what the scaler knows of them: they may be taken more than once a step."""
     give_up_gathered(model)  # a shard keeps its gradient while FSDP holds the whole parameter in its place
-    model.zero_grad(set_to_none=True)
+    for parameter in model.parameters():
+        parameter.grad = None
     if scaler.is_enabled():
         scaler._per_optimizer_states.clear()
 
@@ -49,25 +50,28 @@ def clip_gradients(model: nn.Module, largest: float | None) -> Tensor:
     norm = _norm(gradients)
     if largest is not None and gradients:
         factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-        local = [gradient.to_local() if _is_spread(gradient) else gradient for gradient in gradients]
+        local = [gradient if type(gradient) is Tensor else _local(gradient) for gradient in gradients]
         torch._foreach_mul_(local, torch.where(norm.isfinite(), factor, 1.0))
     return norm
 
 
 def _gradients(model: nn.Module) -> list[Any]:
     give_up_gathered(model)
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    found = (parameter.grad for parameter in model.parameters())
+    return [gradient for gradient in found if gradient is not None]
 
 
-def _is_spread(gradient: Any) -> bool:
-    return type(gradient) is not Tensor and is_dtensor(gradient)  # asking a plain tensor for what it has not is slow
+def _local(gradient: Any) -> Tensor:
+    return gradient.to_local() if is_dtensor(gradient) else gradient
 
 
 def _norm(gradients: list[Any]) -> Tensor:
+    if len({(type(gradient), gradient.dtype, gradient.device) for gradient in gradients}) == 1:
+        if type(gradients[0]) is Tensor:  # the usual case, without get_total_norm's sorting by device
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
-        mesh = gradient.device_mesh if _is_spread(gradient) else None
-        by_mesh.setdefault(mesh, []).append(gradient)
+        by_mesh.setdefault(gradient.device_mesh if is_dtensor(gradient) else None, []).append(gradient)
     norms = [nn.utils.get_total_norm(found) for found in by_mesh.values()]
     if None not in by_mesh:
         norms = [whole(norm) for norm in norms]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ def compiled(model: nn.Module, how: bool | str) -> Any:
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Return the context in which a loss is computed: autocast under "bf16" and "fp16", nothing under "float32"."""
+    """Return the context in which a loss is computed: autocast under "bf16" and "fp16", none under "float32"."""
+    if precision == "float32" and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "float32")
 

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llmtune.training.randomness import keyed_randomness
+from llmtune.training.randomness import keyed_randomness, seed_cpu
 from llmtune.training.signals import ignore_in_worker
 from llmtune.types import Batch
 
 
 class BatchesAhead:
     """`micro_batches(step)` under randomness keyed by (seed, step), in this process or ahead of time in others.
+
+    Without workers the process's random state on the CPU is left at what the making of the batches made of it.
 
     Args:
         micro_batches: step to batches; with workers it must depend on the step alone.
@@ -45,8 +47,8 @@ class BatchesAhead:
             Exception: what was raised where they were made.
         """
         if self._workers == 0:
-            with keyed_randomness(self._seed, "batches", step):
-                return self._make(step)
+            seed_cpu(self._seed, "batches", step)  # whoever asks seeds the step itself anew: nothing is put back
+            return self._make(step)
         if step == self._next - 1 and size == self._size:
             return self._last
         if self._iterator is None or step != self._next or size != self._size:

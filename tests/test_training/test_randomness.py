@@ -142,7 +142,7 @@ def same_state(one, other):
 
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_a_plain_list_costs_no_seeding(kind, monkeypatch):
-    monkeypatch.setattr(randomness, "_seed_cpu", None)  # calling it would raise
+    monkeypatch.setattr(randomness, "seed_cpu", None)  # calling it would raise
     rows = kind([{"a": 1}, {"a": 2}, {"a": 3}])
     assert fetch_rows(rows, [2, 0], seed=0, first=0) == [{"a": 3}, {"a": 1}]
     with pytest.raises(TypeError):

@@ -12,7 +12,7 @@ from llmtune.data.collate import collate_padded
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_gpt2
 from llmtune.training.loop import TrainingLoop
-from llmtune.training.randomness import random_state
+from llmtune.training.randomness import random_state, seed_everything
 from llmtune.training.settings import LoopSettings
 from llmtune.training.signals import StopSignals
 from llmtune.training.workers import BatchesAhead
@@ -64,12 +64,25 @@ def test_batches_come_as_they_were_made(workers):
     assert (batch["text"], batch["none"], batch["ids"].tolist()) == ("x", None, [0, 1, 2, 3, 4])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_global_state_is_left_alone(workers):
+def test_workers_leave_the_global_state_alone():
     before = random_state()
-    BatchesAhead(draws, seed=7, workers=workers, end=9).get(3, 4)
+    BatchesAhead(draws, seed=7, workers=2, end=9).get(3, 4)
     after = random_state()
     assert all(torch.equal(before[name], after[name]) for name in ("torch", "numpy", "python"))
+
+
+class DrawsAtTheStart(Callback):
+    def on_fit_start(self, loop):
+        self.drawn = [float(torch.rand(())), float(np.random.rand()), random.random()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_callbacks_draw_before_the_first_step_depends_on_seed_and_step_alone(workers):
+    torch.manual_seed(11 + workers)
+    callback = DrawsAtTheStart()
+    run(tiny_gpt2(dropout=0.0), callbacks=[callback], data_workers=workers).fit()
+    seed_everything(0, "start", 0)
+    assert callback.drawn == [float(torch.rand(())), float(np.random.rand()), random.random()]
 
 
 def run(model, folder=None, *, callbacks=(), **changed):
