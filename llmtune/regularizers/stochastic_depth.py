@@ -92,8 +92,8 @@ def stochastic_depth(
         {'model.layers.0': 0.1, 'model.layers.1': 0.2}
 
     Huang et al. (2016), equation 4; Fan, Grave and Joulin, "Reducing Transformer Depth on Demand with Structured
-    Dropout" (2019), section 3. Where we differ: the kept layers are scaled up in training, so that eval mode is the model as it
-    is (Huang et al. scale down at test time; LayerDrop, also in fairseq and transformers, does not scale, so the mean
+    Dropout" (2019), section 3. Where we differ: the kept layers are scaled up in training, so that eval mode is the
+    model as it is (Huang et al. scale down at test time; LayerDrop, also in transformers, does not scale, so the mean
     of what training sees is not what eval mode computes); and rows draw apart, where LayerDrop draws once a batch.
     """
     check_probability("p", p)
