@@ -2,6 +2,7 @@
 
 import torch
 
+from llmtune.data.collate import collate_packed
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.masked_lm import masked_lm_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
@@ -48,7 +49,18 @@ def assert_same(before, after):
         assert after[1][name][2] == flag, name
 
 
-def trained(model, context, *, steps=4, folder=None, stop=None, resume=False, loss=causal_lm_loss, **changed):
+def trained(
+    model,
+    context,
+    *,
+    steps=4,
+    folder=None,
+    stop=None,
+    resume=False,
+    loss=causal_lm_loss,
+    collate=collate_packed,
+    **changed,
+):
     """Return the weights after a run inside `context(model)`; `stop` ends it early, as a kill does."""
     settings = LoopSettings(
         max_steps=steps, rows_per_step=4, rows_per_micro_batch=2, learning_rate=1e-2, progress=False, folder=folder,
@@ -63,7 +75,7 @@ def trained(model, context, *, steps=4, folder=None, stop=None, resume=False, lo
 
     with context(model):
         try:
-            Loop(model, uneven_rows(13), settings=settings, loss=loss).fit(resume=resume)
+            Loop(model, uneven_rows(13), settings=settings, loss=loss, collate=collate).fit(resume=resume)
         except InterruptedError:
             assert stop is not None
     return {name: value.clone() for name, value in model.state_dict().items()}
