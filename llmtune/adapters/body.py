@@ -39,15 +39,16 @@ class Body:
     decoder: nn.Module | None = None
 
 
-def find_body(model: nn.Module, method: str) -> Body:
+def find_body(model: nn.Module, method: str, *, root: bool = False) -> Body:
     """Return the body of a Hugging Face model, or of the only one inside a module.
 
     Args:
         model: the root, with or without adapters.
         method: what it is for, for the sentence.
+        root: whether the root itself may be the body, since nothing is put in its place.
 
     Raises:
-        TypeError: there is no such body, there are several, or it is the root itself.
+        TypeError: there is no such body, there are several, or it is the root itself and may not be.
     """
     places = {id(bare_module(module)): place for place, module in named_places(model)}
     whole = _language_model(model, method)
@@ -64,7 +65,7 @@ def find_body(model: nn.Module, method: str) -> Body:
         found = encoder  # T5EncoderModel, which only hands on
     while encoder is None and (inner := _side(found, "get_decoder")) is not None:
         found = inner  # OPTModel only hands on, and OPTForCausalLM goes round it
-    if found is bare_module(model):
+    if found is bare_module(model) and not root:
         raise TypeError(
             f"the model itself, a {type(found).__name__}, is the body that {method} would stand in the place of: "
             "put it into a module that calls it"
