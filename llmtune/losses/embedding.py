@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -99,7 +100,7 @@ def check_pooling(pooling: str) -> None:
 
 
 def _check_body(inner: Any) -> None:
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+    if "decoder_input_ids" in inspect.signature(inner.forward).parameters:
         raise ValueError(f"{type(inner).__name__} is an encoder-decoder: give its encoder (model.get_encoder())")
     find = getattr(inner, "get_output_embeddings", None)
     if callable(find) and isinstance(find(), nn.Module):
