@@ -67,6 +67,13 @@ def test_equals_the_plain_sum_of_each_row_by_itself(name: str, side: Any) -> Non
     assert_close(per_token, expected / torch.tensor([3, 9, 1]), rtol=1e-10)
 
 
+def test_the_head_makes_no_logits_of_the_whole_batch() -> None:
+    model, shapes = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda _, args, output: shapes.append(tuple(output.shape)))
+    sequence_log_probabilities(model, collate_padded(rows()))
+    assert shapes == [(1, 1, VOCABULARY)]
+
+
 def test_an_encoder_decoder_predicts_every_label() -> None:
     model = tiny_t5().double()
     batch = {
