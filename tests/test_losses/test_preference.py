@@ -190,8 +190,13 @@ def test_another_adapter_may_be_the_reference() -> None:
 def test_the_reference_sees_no_dropout_and_leaves_no_trace() -> None:
     model, batch = adapted(partial(tiny_gpt2, dropout=0.3), "c_attn", dropout=0.3), collate_preferences(pairs())
     inputs = {name: value for name, value in batch.items() if name != "chosen"}
+
+    def draws(*_: Any) -> None:
+        torch.rand(3)
+
     model.train()
     model.transformer.h[0].mlp.eval()
+    model.transformer.ln_f.register_forward_hook(draws)  # draws in eval mode too
     modes = [module.training for module in model.modules()]
     torch.manual_seed(0)
     policy = sequence_log_probabilities(model, inputs)
