@@ -116,7 +116,7 @@ class DPOLoss:
         kind: "sigmoid" (DPO) or "ipo"; see `dpo_loss`.
         label_smoothing: share of preferences taken to be wrong, 0 to below 0.5; for "sigmoid" only.
         per_token: divide each answer's log-probability by its number of labels. With "ipo" that is TRL's form, with
-            "sigmoid" the length-normalised DPO of Tulu 3 (Lambert et al. 2024, section 5.1). Off is the papers' form.
+            "sigmoid" the length-normalised DPO of Tulu 3 (Lambert et al. 2024). Off is the papers' form.
             Precomputed references must have been computed alike.
         reference: `reference(model)` is a context manager under which the model is the reference:
             `llmtune.adapters.disabled`, or `lambda model: active(model, ["sft"])` for one with adapters of its own.
