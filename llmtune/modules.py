@@ -1,4 +1,4 @@
-"""What any module may be asked: the module inside its wrappers, and train or eval mode for the length of a block."""
+"""What any module may be asked: the module inside its wrappers, and a mode for the length of a block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -56,3 +57,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of the model into eval mode, and each back into its own mode afterwards."""
     with train_mode(model, False):
         yield
+
+
+@contextmanager
+def reference_pass(model: nn.Module) -> Iterator[None]:
+    """Run the model within the block as a fixed reference beside its own training, without a trace.
+
+    Eval mode, no gradients; afterwards every module is in its own mode again and the random state is as before.
+
+    Args:
+        model: the bare module, with at least one parameter.
+    """
+    device = next(model.parameters()).device
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
+        yield
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()  # before torch 2.11 training is given the reference's casts, without graph

@@ -4,6 +4,7 @@ from llmtune.data.chat import chat_examples
 from llmtune.data.collate import collate_packed, collate_padded
 from llmtune.data.masking import MaskedLMCollator
 from llmtune.data.packing import PackedDataset, pack
+from llmtune.data.preferences import collate_preferences
 from llmtune.data.rows import prompt_examples, read_rows, text_examples
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "chat_examples",
     "collate_packed",
     "collate_padded",
+    "collate_preferences",
     "pack",
     "prompt_examples",
     "read_rows",

@@ -18,7 +18,7 @@ from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.chunked import default_chunk_rows
 from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
 from llmtune.losses.head import Head, hidden_before_head, model_inputs
-from llmtune.modules import eval_mode, unwrap
+from llmtune.modules import reference_pass, unwrap
 from llmtune.types import Batch, LossFunction
 
 
@@ -114,14 +114,8 @@ class DistillToBase:
 
     @contextmanager
     def _as_teacher(self, inner: nn.Module) -> Iterator[None]:
-        device = next(inner.parameters()).device
-        devices = [] if device.type == "cpu" else [device.index or 0]
-        kind = "cuda" if device.type == "cpu" else device.type
-        with active(inner, self.teacher), eval_mode(inner), torch.no_grad():
-            with torch.random.fork_rng(devices, device_type=kind):
-                yield
-        if torch.is_autocast_enabled(device.type):
-            torch.clear_autocast_cache()  # before torch 2.11 the student is given the teacher's casts, without graph
+        with active(inner, self.teacher), reference_pass(inner):
+            yield
 
     def _through_head(self, model: nn.Module, inner: nn.Module, batch: Batch, labels: Tensor) -> tuple[Any, Tensor]:
         """Return (what the loss gave, the divergence) of a language model, from the hidden states before its head."""

@@ -17,9 +17,17 @@ FIRST, SECOND = 5, 4  # tokens of the trial's two documents
 
 
 def is_packed(batch: Batch) -> bool:
-    """Return whether a row of the batch holds several documents: its position ids [B, T] start again at 0."""
-    positions = batch.get("position_ids")
-    return positions is not None and positions.ndim == 2 and bool((positions[:, 1:] == 0).any())
+    """Return whether a row of the batch holds several documents: its position ids [B, T] start again at 0.
+
+    Zeros where the attention mask [B, T] is 0, as before a text padded on the left, are no new start.
+    """
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if positions is None or positions.ndim != 2:
+        return False
+    starts = positions[:, 1:] == 0
+    if mask is not None and mask.shape == positions.shape:
+        starts = starts & mask[:, 1:].bool() & mask[:, :-1].bool()
+    return bool(starts.any())
 
 
 @torch.no_grad()

@@ -7,16 +7,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.losses.chunked import at_least_float32, default_chunk_rows
-from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows, linear_cross_entropy
+from llmtune.losses.cross_entropy import (
+    REDUCTIONS,
+    CrossEntropy,
+    Reduction,
+    labelled_rows,
+    linear_cross_entropy,
+)
 from llmtune.losses.head import Head
 from llmtune.modules import unwrap
 from llmtune.types import Batch
 
 
 def head_cross_entropy(
-    hidden: Tensor, head: Head, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
 ) -> Tensor:
-    """Return the mean cross-entropy of the head's logits over the positions that carry a label.
+    """Return the cross-entropy of the head's logits at the positions that carry a label, their mean by default.
 
     A plain linear head goes through `linear_cross_entropy`. Any other (an adapter on the head, a quantized head) is
     called as it stands on the labelled rows, chunk by chunk, and called again in the backward pass, with the same
@@ -28,13 +40,16 @@ def head_cross_entropy(
         targets: [...] integers, the class of each position, -100 where there is none.
         label_smoothing: as in `linear_cross_entropy`.
         z_loss: as in `linear_cross_entropy`.
+        reduction: "mean" over the positions with a label, "sum", or "none": [...], with 0 where there is no label.
 
     Returns:
-        A scalar, in at least float32.
+        A scalar, or [...] for "none", in at least float32.
 
     Raises:
-        ValueError: no position carries a label, or a label is out of range.
+        ValueError: a label or an option is out of range, or no position carries a label and the mean is asked for.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"the model's head is given hidden states {[*hidden.shape]}, which do not match the targets "
@@ -44,26 +59,32 @@ def head_cross_entropy(
     plain = head.linear()
     if plain is not None:
         weight, bias = plain
-        return linear_cross_entropy(
+        value = linear_cross_entropy(
             rows, weight, wanted, bias=bias, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=head.softcap, logit_scale=head.logit_scale,
+            softcap=head.softcap, logit_scale=head.logit_scale, reduction=reduction,
         )  # fmt: skip
+        return value.reshape(targets.shape) if reduction == "none" else value
     loss = CrossEntropy(label_smoothing, z_loss)
     labelled = labelled_rows(wanted, head.classes)
     if labelled is not None:
         rows, wanted = rows.index_select(0, labelled), wanted.index_select(0, labelled)
-    if len(wanted) == 0:
+    if len(wanted) == 0 and reduction == "mean":
         raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (labels all -100)")
 
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
-        return loss.plain(at_least_float32(head.logits(h)), (t,)).sum()
+        return loss.plain(at_least_float32(head.logits(h)), (t,))
 
     size = default_chunk_rows(rows.new_empty(head.classes, 0), buffers=4)  # logits, softmax, and their gradients
     parts = [
         checkpoint(chunk_loss, h, t, use_reentrant=False)
         for h, t in zip(rows.split(size), wanted.split(size), strict=True)
     ]
-    return torch.stack(parts).sum() / len(wanted)
+    losses = torch.cat(parts)
+    if reduction != "none":
+        return losses.sum() / (len(wanted) if reduction == "mean" else 1)
+    if labelled is not None:
+        losses = losses.new_zeros(targets.numel()).index_copy(0, labelled, losses)
+    return losses.reshape(targets.shape)
 
 
 def check_language_model(model: nn.Module, *, encoder_decoder: bool = False, causal: bool = False) -> None:
