@@ -16,8 +16,8 @@ BIAS = re.compile(r"(?:^|[._])bias(?![a-z])")
 ZERO_AT_START = re.compile(r"(?:^|\.)(?:lora_b|lora_B\.\w+\.weight|lora_embedding_A\.\w+)$")
 # What Hugging Face's models call a head that a checkpoint of a language model does not have.
 HEADS = (
-    "classifier", "pre_classifier", "out_proj_classifier", "classification_head", "score", "qa_outputs", "v_head",
-    "multiple_choice_head", "logits_proj", "regressor",
+    "classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "qa_classifier", "v_head",
+    "multiple_choice_head", "sequence_summary", "logits_proj",
 )  # fmt: skip
 
 

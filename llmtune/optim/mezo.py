@@ -59,7 +59,7 @@ class MeZO(torch.optim.Optimizer):
     add up as many batches as it likes.
 
     Args:
-        parameters: what to train: tensors, or groups with "params", "lr" and "weight_decay".
+        parameters: tensors, or groups with "params", "lr" and "weight_decay"; what requires a gradient is trained.
         learning_rate: of groups without one of their own, at least 0; for large models very small, 1e-6 in the paper.
         epsilon: how far to look, above 0.
         seed: of the directions, a whole number.
@@ -68,7 +68,7 @@ class MeZO(torch.optim.Optimizer):
         weight_decay: decoupled, at least 0; of groups without one of their own.
 
     Raises:
-        ValueError: a number is out of its range, or a parameter is not floating or is spread over processes.
+        ValueError: a number is out of its range; no parameter requires a gradient; one is spread over processes.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
@@ -100,13 +100,14 @@ class MeZO(torch.optim.Optimizer):
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed must be a whole number; got {seed!r}")
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
-        for parameter in self._trained():
-            if not parameter.is_floating_point() or hasattr(parameter, "full_tensor"):
-                kind = parameter.dtype if not parameter.is_floating_point() else "part of it, spread over processes"
-                raise ValueError(
-                    f"MeZO moves whole floating parameters; one of shape {tuple(parameter.shape)} is {kind}: leave it "
-                    "out, or train data-parallel, without sharding"
-                )
+        trained = list(self._trained())
+        if not trained:
+            raise ValueError("MeZO trains what requires a gradient, though it takes none, and no parameter given does")
+        if any(hasattr(parameter, "full_tensor") for parameter in trained):
+            raise ValueError(
+                "MeZO moves whole parameters, and here are some that are spread over processes: train data-parallel, "
+                "without sharding"
+            )
         self.epsilon, self.exact, self.slope = epsilon, exact, math.nan
         self.param_groups[0].update(seed=seed, steps=0)
 

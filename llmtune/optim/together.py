@@ -53,7 +53,7 @@ class Together(torch.optim.Optimizer):
         """Do nothing: torch's constructor sets an empty state."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let each optimizer take its step; return what the closure gave, which is called once before."""
         loss = None
         if closure is not None:
