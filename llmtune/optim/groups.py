@@ -68,7 +68,8 @@ def parameter_groups(
     Raises:
         TypeError: `model` is no module.
         ValueError: a number is out of its range; nothing requires a gradient; there is a `layer_decay` and no name has
-            a layer number; there is a `lora_plus_ratio` and no B is trained, or a `head_rate` and no head is.
+            a layer number, a `lora_plus_ratio` and no B is trained, or a `head_rate` and no head is; `heads` come
+            without a `head_rate`.
 
     Example:
         >>> import torch
@@ -94,6 +95,8 @@ def parameter_groups(
         _check("lora_plus_ratio", lora_plus_ratio, lambda ratio: ratio > 0, "above 0")
     if head_rate is not None:
         _check("head_rate", head_rate, lambda rate: rate > 0, "above 0")
+    elif tuple(heads) != HEADS:
+        raise ValueError("heads has no effect without a head_rate: give both, or neither")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: attach an adapter, or unfreeze what to train")
