@@ -62,7 +62,8 @@ def perturbed(model: nn.Module, rho: float, *, adaptive: bool = False, eta: floa
         tensor([[1., 1.]])
 
     Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization" (2021), equation 2. Kwon et
-    al., "ASAM: Adaptive Sharpness-Aware Minimization" (2021), equation 7 and algorithm 1.
+    al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks" (2021),
+    algorithm 1.
     """
     check_module(model)
     check_rho(rho, eta)
