@@ -271,7 +271,8 @@ def test_a_new_head_has_a_rate_of_its_own(kind, layer_decay, adapter):
 
 
 def test_a_head_of_ones_own_is_named():
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(5, 5)]), "verdict": nn.Linear(5, 3)})
+    layer = nn.ModuleDict({"verdict": nn.Linear(5, 5)})  # of the same name, and no head
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer]), "verdict": nn.Linear(5, 3)})
     found = named(model, groups_of(model, head_rate=0.7, heads=["verdict"]))
     assert {name for name, (rate, _) in found.items() if rate == 0.7} == {"verdict.weight", "verdict.bias"}
     with pytest.raises(ValueError, match=r"head_rate is for a new head .* \(the last that is trained: verdict.bias\)"):
