@@ -36,11 +36,7 @@ def steps_below_top(model: nn.Module) -> dict[str, tuple[str, int]]:
             f"{type(model).__name__} has none (a name: {names[0] if names else 'no parameter'}): leave layer_decay out"
         )
     around = {stack: stack[: stack[:-1].rfind(".") + 1] for stack in stacks}  # what the stack lies in
-    embeddings = tuple(
-        f"{place}."
-        for place, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings")
-    )
+    embeddings = embedding_places(model)
     found_steps = {}
     for name in names:
         found = LAYER.match(name)
@@ -53,3 +49,12 @@ def steps_below_top(model: nn.Module) -> dict[str, tuple[str, int]]:
         else:
             found_steps[name] = "top", 0
     return found_steps
+
+
+def embedding_places(model: nn.Module) -> tuple[str, ...]:
+    """Return how the names of parameters that lie in embeddings begin."""
+    return tuple(
+        f"{place}."
+        for place, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or hasattr(module, "num_embeddings")
+    )

@@ -1,19 +1,24 @@
-"""Which parameters get which learning rate and weight decay: decay, layer-wise rates, LoRA+."""
+"""Which parameters get which learning rate and weight decay: decay, layer-wise rates, LoRA+, a new head's rate."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from llmtune.modules import check_module
-from llmtune.optim.depth import steps_below_top
+from llmtune.optim.depth import LAYER, steps_below_top
 
 BIAS = re.compile(r"(?:^|[._])bias(?![a-z])")
 # What starts at zero in LoRA: B, and of an embedding A. The second way of writing is PEFT's.
 ZERO_AT_START = re.compile(r"(?:^|\.)(?:lora_b|lora_B\.\w+\.weight|lora_embedding_A\.\w+)$")
+# What Hugging Face's models call a head that a checkpoint of a language model does not have.
+HEADS = (
+    "classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "qa_classifier", "v_head",
+    "multiple_choice_head", "sequence_summary", "logits_proj",
+)  # fmt: skip
 
 
 def parameter_groups(
@@ -23,10 +28,13 @@ def parameter_groups(
     weight_decay: float = 0.0,
     layer_decay: float | None = None,
     lora_plus_ratio: float | None = None,
+    head_rate: float | None = None,
+    heads: Sequence[str] = HEADS,
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups for any torch optimizer, each in exactly one.
 
     rate = learning_rate * layer_decay^(steps below the top) * (lora_plus_ratio for B, else 1)
+           with head_rate in place of learning_rate in a new head
 
     Weight decay goes to tensors of two or more dimensions, embeddings among them; not to biases and norms, nor to other
     vectors such as DoRA's magnitudes. A table that is a bias (T5's relative_attention_bias) counts as one.
@@ -41,12 +49,17 @@ def parameter_groups(
     there. PEFT's `create_loraplus_optimizer` gives both of an embedding's a rate of their own (1e-6 unless it is set),
     and the ratio to all vectors; here vectors keep the rate.
 
+    A head that was added for the task starts at random, and may learn faster than what was pretrained. It is found by
+    its name, outside of layers; a language model's own head ("lm_head", "cls") is pretrained and none of these.
+
     Args:
         model: any module, with or without adapters and wrappers; its parameters may be on the meta device.
         learning_rate: above 0.
         weight_decay: of the groups that have one, at least 0.
         layer_decay: above 0 and at most 1; None for one rate at every depth.
         lora_plus_ratio: how many times A's rate B has, above 0; None for the same.
+        head_rate: the learning rate of new heads, above 0; None for that of the top.
+        heads: what modules of new heads are called: one of the parts of their dotted name.
 
     Returns:
         Dicts with "name", "params", "lr" and "weight_decay"; no group is empty. A parameter that is tied to another
@@ -55,7 +68,8 @@ def parameter_groups(
     Raises:
         TypeError: `model` is no module.
         ValueError: a number is out of its range; nothing requires a gradient; there is a `layer_decay` and no name has
-            a layer number; there is a `lora_plus_ratio` and no B is trained.
+            a layer number, a `lora_plus_ratio` and no B is trained, or a `head_rate` and no head is; `heads` come
+            without a `head_rate`.
 
     Example:
         >>> import torch
@@ -79,16 +93,22 @@ def parameter_groups(
         _check("layer_decay", layer_decay, lambda decay: 0 < decay <= 1, "above 0 and at most 1")
     if lora_plus_ratio is not None:
         _check("lora_plus_ratio", lora_plus_ratio, lambda ratio: ratio > 0, "above 0")
+    if head_rate is not None:
+        _check("head_rate", head_rate, lambda rate: rate > 0, "above 0")
+    elif tuple(heads) != HEADS:
+        raise ValueError("heads has no effect without a head_rate: give both, or neither")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: attach an adapter, or unfreeze what to train")
     faster = set() if lora_plus_ratio is None else _zero_at_start(model, trained)
     steps = {} if layer_decay is None else steps_below_top(model)
+    new = set() if head_rate is None else _in_new_heads(trained, heads)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in trained.items():
-        where, below = steps.get(name, ("", 0))
+        where, below = ("head", 0) if name in new else steps.get(name, ("", 0))
         decays = parameter.ndim >= 2 and not BIAS.search(name)
-        rate = learning_rate * (layer_decay or 1.0) ** below * ((lora_plus_ratio or 1.0) if name in faster else 1.0)
+        rate = (head_rate or 1.0) if name in new else learning_rate * (layer_decay or 1.0) ** below
+        rate *= (lora_plus_ratio or 1.0) if name in faster else 1.0
         parts = (where, "lora_b" if name in faster else "", "decay" if decays else "no_decay")
         label = ".".join(filter(None, parts))
         group = {"name": label, "params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0}
@@ -118,5 +138,18 @@ def _zero_at_start(model: nn.Module, trained: dict[str, nn.Parameter]) -> set[st
         raise ValueError(
             "lora_plus_ratio is for LoRA's B (parameters called lora_b), and no such parameter is trained here: attach "
             "a LoRA first, or leave lora_plus_ratio out"
+        )
+    return found
+
+
+def _in_new_heads(names: Iterable[str], heads: Sequence[str]) -> set[str]:
+    """Return the names of what lies in a module that is called as one of `heads`, outside of layers."""
+    wanted = set(heads)
+    found = {name for name in names if wanted & set(name.split(".")[:-1]) and not LAYER.match(name)}
+    if not found:
+        last = list(names)[-1]
+        raise ValueError(
+            f"head_rate is for a new head (a module called {', '.join(heads)}), and no such is trained here (the last "
+            f"that is trained: {last}): give the head's name in heads=[...], or leave head_rate out"
         )
     return found

@@ -16,6 +16,7 @@ from llmtune.training.randomness import fixed_randomness
 from llmtune.training.samples import GenerateSamples
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import shard
+from llmtune.training.sharpness import SharpnessAware
 from llmtune.training.utilisation import Utilisation, matmul_ceiling
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "LoopSettings",
     "NotebookView",
     "Profile",
+    "SharpnessAware",
     "TrainingLoop",
     "Utilisation",
     "fixed_randomness",

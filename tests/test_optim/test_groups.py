@@ -235,6 +235,89 @@ def test_plain_gradient_descent_moves_b_by_the_ratio():
         torch.testing.assert_close(steps[16.0][name], 16 * step, rtol=1e-6, atol=0)
 
 
+# --- a new head -----------------------------------------------------------------------------------------------------
+
+
+def classifier(kind):
+    """Return a model with a new head, and the name of its module."""
+    from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
+
+    make, head = {
+        "llama": (AutoModelForSequenceClassification, "score"),
+        "gpt2": (AutoModelForSequenceClassification, "score"),
+        "bert": (AutoModelForSequenceClassification, "classifier"),
+        "t5": (AutoModelForSequenceClassification, "classification_head"),
+        "answers": (AutoModelForQuestionAnswering, "qa_outputs"),
+    }[kind]
+    config = MODELS["bert" if kind == "answers" else kind]().config
+    config.num_labels, config.pad_token_id = 3, 0
+    return make.from_config(config), head
+
+
+@pytest.mark.parametrize("adapter", ["plain", "lora"])
+@pytest.mark.parametrize("layer_decay", [None, DECAY])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "answers"])
+def test_a_new_head_has_a_rate_of_its_own(kind, layer_decay, adapter):
+    model, head = classifier(kind)
+    if adapter == "lora":
+        attach(model, LoRA(rank=2, alpha=3, train_modules=[head]))
+    found = named(model, groups_of(model, weight_decay=0.1, layer_decay=layer_decay, head_rate=0.7))
+    in_head = {name for name in found if head in name.split(".")}
+    assert in_head
+    before = named(model, groups_of(model, weight_decay=0.1, layer_decay=layer_decay))
+    for name, (rate, decay) in found.items():
+        assert rate == (0.7 if name in in_head else before[name][0]), name
+        assert decay == before[name][1]
+
+
+def test_a_head_of_ones_own_is_named():
+    layer = nn.ModuleDict({"verdict": nn.Linear(5, 5)})  # of the same name, and no head
+    model = nn.ModuleDict({"layers": nn.ModuleList([layer]), "verdict": nn.Linear(5, 3)})
+    found = named(model, groups_of(model, head_rate=0.7, heads=["verdict"]))
+    assert {name for name, (rate, _) in found.items() if rate == 0.7} == {"verdict.weight", "verdict.bias"}
+    with pytest.raises(ValueError, match=r"head_rate is for a new head .* \(the last that is trained: verdict.bias\)"):
+        groups_of(model, head_rate=0.7)
+    with pytest.raises(ValueError, match="heads has no effect without a head_rate"):
+        groups_of(model, heads=["verdict"])
+
+
+def test_a_language_models_own_head_is_no_new_one():
+    for model in (tiny_llama(), tiny_bert(), tiny_t5()):
+        with pytest.raises(ValueError, match="head_rate is for a new head"):
+            groups_of(model, head_rate=0.7)
+
+
+def test_b_in_a_new_head_has_the_ratio_on_top():
+    model, _ = classifier("bert")
+    attach(model, LoRA(rank=2, alpha=3, targets=["query", "classifier"]))
+    found = named(model, groups_of(model, head_rate=0.7, lora_plus_ratio=16))
+    assert found["classifier.lora_a"][0] == 0.7
+    assert found["classifier.lora_b"][0] == pytest.approx(0.7 * 16)
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "inverse_sqrt", "constant_with_warmup"])
+def test_schedules_keep_the_ratios_of_the_groups(schedule):
+    from transformers import get_scheduler
+
+    model, _ = classifier("bert")
+    attach(model, LoRA(rank=2, alpha=3, train_modules=["classifier"]))
+    groups = groups_of(model, weight_decay=0.1, layer_decay=DECAY, lora_plus_ratio=16, head_rate=0.7)
+    rates = [group["lr"] for group in groups]
+    assert len(set(rates)) == 7  # A and B in two layers and above them, the head
+    optimizer = torch.optim.AdamW(groups)
+    scheduler, seen = get_scheduler(schedule, optimizer, num_warmup_steps=3, num_training_steps=11), set()
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+        factors = [group["lr"] / rate for group, rate in zip(optimizer.param_groups, rates, strict=True)]
+        assert factors == pytest.approx([factors[0]] * len(rates), rel=1e-12)
+        seen.add(round(factors[0], 6))
+    assert len(seen) > 2
+
+
 # --- what else comes in ---------------------------------------------------------------------------------------------
 
 
@@ -261,6 +344,7 @@ def test_meta_tied_and_wrapped_models():
         ({"weight_decay": -0.1}, "weight_decay must be a number of at least 0; got -0.1"),
         ({"layer_decay": 0.0}, "layer_decay must be a number above 0 and at most 1; got 0.0"),
         ({"layer_decay": 1.5}, "layer_decay must be a number above 0 and at most 1; got 1.5"),
+        ({"head_rate": -1}, "head_rate must be a number above 0; got -1"),
         ({"lora_plus_ratio": 0}, "lora_plus_ratio must be a number above 0; got 0"),
         (
             {"lora_plus_ratio": 16},

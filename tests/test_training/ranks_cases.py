@@ -13,6 +13,7 @@ from llmtune.training.agreement import whole
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import shard
+from llmtune.training.sharpness import SharpnessAware
 
 
 class Twice(TrainingLoop):
@@ -61,6 +62,18 @@ class SometimesUsed(TrainingLoop):
         return loss
 
 
+class Aware(SharpnessAware):
+    """Moves so far that the sharpness, a difference of two losses, is well above their rounding."""
+
+    rho = 1.0
+
+
+class Adaptive(Aware):
+    """Its move is another for large weights than for small ones."""
+
+    adaptive = True
+
+
 class Drawing(TrainingLoop):
     """Its step and its penalty draw at random."""
 
@@ -100,6 +113,8 @@ CASES = {  # name: (model, loop, settings, rows, penalties)
     "twice lora": (lambda: with_lora(tiny_llama()), Twice, {}, ROWS, ()),
     "functional": (tiny_llama, Functional, FEW, ROWS, ()),
     "sharpness": (tiny_llama, Sharpness, FEW, ROWS, ()),
+    "aware": (tiny_llama, Aware, FEW, ROWS, ()),
+    "adaptive": (tiny_llama, Adaptive, FEW, ROWS, ()),
     "bf16": (tiny_llama, TrainingLoop, FEW | {"precision": "bf16"}, ROWS, ()),
     "fp16": (tiny_llama, TrainingLoop, FEW | {"precision": "fp16"}, ROWS, ()),
     "tied": (lambda: tiny_llama(tied=True), TrainingLoop, FEW, ROWS, ()),

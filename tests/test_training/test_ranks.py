@@ -7,8 +7,9 @@ from ranks_worker import run
 
 from llmtune.training.distributed import Ranks
 
-FAST = ["full", "lora", "holes", "sometimes", "penalty", "clipped", "twice", "functional", "sharpness", "bf16", "fp16"]
-SHARDED = ["full", "lora", "tied", "penalty", "twice"]
+FAST = ["full", "lora", "holes", "sometimes", "penalty", "clipped", "twice", "functional", "sharpness", "aware", "bf16",
+        "fp16"]  # fmt: skip
+SHARDED = ["full", "lora", "tied", "penalty", "twice", "adaptive"]
 NEVER_SHARDED = {"sometimes", "functional", "fp16", "drawing"}
 
 
