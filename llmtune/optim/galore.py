@@ -113,7 +113,12 @@ class GaLore(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch's optimizers do; raise TypeError or ValueError as `GaLore` does, before it is added."""
+        """Add a group, as torch's optimizers do, or refuse it before anything is added.
+
+        Raises:
+            TypeError: a parameter is spread over processes.
+            ValueError: a number is out of its range.
+        """
         _check({**self.defaults, **param_group})
         given = param_group["params"]
         param_group = {**param_group, "params": [given] if isinstance(given, Tensor) else list(given)}
