@@ -6,6 +6,7 @@ A part never asks for one of our classes: anything with the right methods fits.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,6 +74,10 @@ class Callback:
 
     def on_step_end(self, loop: Any, metrics: dict[str, Any]) -> None:
         """After the update. `metrics` may be read and added to."""
+
+    def around_evaluation(self, loop: Any) -> AbstractContextManager[Any]:
+        """Return what is entered for the length of an evaluation; on the way out all must be as it was."""
+        return nullcontext()
 
     def on_eval_end(self, loop: Any, metrics: dict[str, float]) -> None:
         """After an evaluation."""

@@ -12,6 +12,11 @@ LAYER = re.compile(
 EMBEDDING = re.compile(r"(?:^|[._])(?:embed(?!_out\b)|wte\b|wpe\b|shared\b)")  # GPT-NeoX's embed_out is its head
 
 
+def is_layer(place: str) -> bool:
+    """Return whether a place that `steps_below_top` names is a layer, and neither the top nor embeddings."""
+    return place.rpartition(".")[2].isdigit()
+
+
 def steps_below_top(model: nn.Module) -> dict[str, tuple[str, int]]:
     """Return (where it stands, how many steps that is below the top) for every parameter, by its name.
 
@@ -32,8 +37,9 @@ def steps_below_top(model: nn.Module) -> dict[str, tuple[str, int]]:
             stacks[found[1]] = max(stacks.get(found[1], 0), int(found[2]) + 1)
     if not stacks:
         raise ValueError(
-            "layer_decay goes by layer numbers in parameters' names, after layers, layer, blocks, block or h, and this "
-            f"{type(model).__name__} has none (a name: {names[0] if names else 'no parameter'}): leave layer_decay out"
+            "layers are told by numbers in parameters' names, after layers, layer, blocks, block or h, and this "
+            f"{type(model).__name__} has none (a name: {names[0] if names else 'no parameter'}): leave out what goes "
+            "by layers, such as layer_decay"
         )
     around = {stack: stack[: stack[:-1].rfind(".") + 1] for stack in stacks}  # what the stack lies in
     embeddings = embedding_places(model)

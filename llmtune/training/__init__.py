@@ -1,5 +1,6 @@
 """A training loop to subclass, its settings, random state, checkpoints and processes, and what may watch it."""
 
+from llmtune.training.average_weights import AverageWeights
 from llmtune.training.background import CheckpointWriter
 from llmtune.training.best import KeepBest
 from llmtune.training.checkpoint import newest_valid, write_checkpoint
@@ -7,37 +8,49 @@ from llmtune.training.checkpoint_read import read_checkpoint, verify_checkpoint
 from llmtune.training.csv_log import CsvLog
 from llmtune.training.distributed import join_processes
 from llmtune.training.early_stopping import EarlyStopping
+from llmtune.training.gradual_unfreezing import GradualUnfreezing
 from llmtune.training.history import History
+from llmtune.training.linear_probe import LinearProbeFirst
+from llmtune.training.lisa import LISA
 from llmtune.training.log_to import LogTo
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.notebook import NotebookView
+from llmtune.training.part_trains import PartTrains
 from llmtune.training.profile import Profile
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.samples import GenerateSamples
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import shard
 from llmtune.training.sharpness import SharpnessAware
+from llmtune.training.top_layers import freeze_first_layers, reinitialise_top_layers
 from llmtune.training.utilisation import Utilisation, matmul_ceiling
 
 __all__ = [
+    "LISA",
+    "AverageWeights",
     "CheckpointWriter",
     "CsvLog",
     "EarlyStopping",
     "GenerateSamples",
+    "GradualUnfreezing",
     "History",
     "KeepBest",
+    "LinearProbeFirst",
     "LogTo",
     "LoopSettings",
     "NotebookView",
+    "PartTrains",
     "Profile",
     "SharpnessAware",
     "TrainingLoop",
     "Utilisation",
     "fixed_randomness",
+    "freeze_first_layers",
     "join_processes",
     "matmul_ceiling",
     "newest_valid",
     "read_checkpoint",
+    "reinitialise_top_layers",
     "shard",
     "verify_checkpoint",
     "write_checkpoint",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from llmtune.errors import NonFiniteError
@@ -22,7 +23,7 @@ def evaluation_means(loop: TrainingLoop) -> dict[str, float]:
 
     Looking changes nothing: the model's modes and the random state are those of before. What is drawn at random is the
     same in every evaluation, so that one can be compared with the next. A signal that asks the run to stop is heard
-    between two batches.
+    between two batches. What callbacks return from `around_evaluation` is entered for the length of it.
 
     Raises:
         ValueError: no row has a target.
@@ -31,7 +32,9 @@ def evaluation_means(loop: TrainingLoop) -> dict[str, float]:
     rows, size, seed = loop.eval_data, loop.rows_per_micro_batch, loop.settings.seed
     assert rows is not None
     totals: Totals = {}
-    with eval_mode(loop.model), fixed_randomness():
+    with ExitStack() as around, eval_mode(loop.model), fixed_randomness():
+        for callback in loop.callbacks:
+            around.enter_context(callback.around_evaluation(loop))
         for place, counts in loop.ranks.places(-(-len(rows) // size)):
             loop.leave_if_told()
             if counts or loop.ranks.sharded:

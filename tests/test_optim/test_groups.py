@@ -359,9 +359,7 @@ def test_refusals(options, message):
 
 def test_models_without_what_is_asked_for():
     model = nn.Sequential(nn.Linear(5, 3))
-    with pytest.raises(
-        ValueError, match=r"layer_decay goes by layer numbers in parameters' names.* this Sequential has none"
-    ):
+    with pytest.raises(ValueError, match=r"layers are told by numbers in parameters' names.* this Sequential has none"):
         groups_of(model, layer_decay=0.9)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient: attach an adapter"):

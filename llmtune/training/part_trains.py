@@ -1,0 +1,80 @@
+"""Let only a part of what is trained train in a step, and all of it be there before and after the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, Set
+from typing import Any
+
+from torch import nn
+
+from llmtune.modules import unwrap
+from llmtune.types import Callback
+
+
+class PartTrains(Callback, ABC):
+    """In each step only what `awake` names trains; subclass it and write that one method.
+
+    The rest requires no gradient while a step's gradients are computed, so it has none, and an optimizer of torch
+    leaves it as it is: no update, no weight decay, no moments. Before the step and from `on_before_optimizer_step` on,
+    everything that is trained requires a gradient. So the optimizer, which is made before the first step, holds all of
+    it, and so do checkpoints, evaluations and copies; a resumed run needs to know the step alone.
+
+    Attributes:
+        trained: the names of the parameters that required a gradient at the start of `fit`, in the model's order.
+    """
+
+    trained: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self._asleep: list[nn.Parameter] = []
+
+    @abstractmethod
+    def awake(self, loop: Any) -> Set[str]:
+        """Return the names of the parameters that train in step `loop.step`, from 0: a function of that alone."""
+
+    def on_fit_start(self, loop: Any) -> None:
+        """Have the optimizer made, which takes what requires a gradient then."""
+        self._wake()
+        self.trained = [name for name, p in unwrap(loop.model).named_parameters() if p.requires_grad]
+        _ = loop.optimizer
+
+    def on_step_start(self, loop: Any) -> None:
+        """Send to sleep what does not train in this step.
+
+        Raises:
+            ValueError: that is everything.
+        """
+        awake = self.awake(loop)
+        trained = {name: p for name, p in unwrap(loop.model).named_parameters() if p.requires_grad}
+        if not awake & trained.keys():
+            raise ValueError(
+                f"step {loop.step + 1}: {type(self).__name__} leaves nothing to train: of what it would train nothing "
+                "requires a gradient"
+            )
+        self._asleep = [parameter for name, parameter in trained.items() if name not in awake]
+        for parameter in self._asleep:
+            parameter.requires_grad_(False)
+
+    def on_before_optimizer_step(self, loop: Any) -> None:
+        """Wake all: the gradients are there."""
+        self._wake()
+
+    def on_step_end(self, loop: Any, metrics: dict[str, Any]) -> None:
+        """Wake all, where a step has been taken in another way."""
+        self._wake()
+
+    def on_exception(self, loop: Any, error: BaseException) -> None:
+        """Wake all, where a step has failed."""
+        self._wake()
+
+    def _wake(self) -> None:
+        for parameter in self._asleep:
+            parameter.requires_grad_(True)
+        self._asleep = []
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise ValueError where `value` is no whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
