@@ -1,5 +1,4 @@
 """Optimizers: rates and decay of each parameter, flat minima, steps without gradients, two optimizers as one."""
-"""Optimizers and what goes with them: learning rates and decay by group, averages of weights, low-rank gradients."""
 
 from llmtune.optim.ema import EMA
 from llmtune.optim.galore import GaLore
@@ -9,5 +8,4 @@ from llmtune.optim.muon import muon_groups
 from llmtune.optim.sam import SAM, perturbed
 from llmtune.optim.together import Together
 
-__all__ = ["SAM", "MeZO", "Together", "move_along", "muon_groups", "parameter_groups", "perturbed"]
-__all__ = ["EMA", "GaLore", "parameter_groups"]
+__all__ = ["EMA", "SAM", "GaLore", "MeZO", "Together", "move_along", "muon_groups", "parameter_groups", "perturbed"]
