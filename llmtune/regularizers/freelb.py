@@ -89,8 +89,8 @@ class FreeLBLoss:
             return self.loss(model, batch)
         if hasattr(model, "_orig_mod"):
             raise ValueError(
-                "FreeLB runs a graph backward twice, for the noise and for the weights, which a compiled model's cannot: "
-                "train the model uncompiled (compile=False)"
+                "FreeLB runs a graph backward twice, for the noise and for the weights, which that of a compiled model "
+                "cannot: train the model uncompiled (compile=False)"
             )
         real = real_tokens(batch)
         examples = examples_of(batch, real)

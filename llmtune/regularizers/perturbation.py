@@ -14,6 +14,7 @@ from llmtune.modules import unwrap
 from llmtune.types import Batch
 
 Norm = Literal["l2", "linf"]
+LOST = 0.5  # the share of the noise that rounding may take
 
 
 def real_tokens(batch: Batch) -> Tensor:
@@ -167,9 +168,10 @@ def _check_felt(module: nn.Module, seen: list[Tensor], noise: Tensor) -> None:
         raise ValueError(f"noise {[*noise.shape]} belongs on what the model's {name} makes of input_ids; {gave}")
     plain, kind = seen[0], seen[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else plain.dtype
-    moved = (plain + noise.to(plain.dtype)).to(dtype)
-    if bool((moved == plain.to(dtype)).all() & (noise != 0).any()):
+    felt = (plain + noise.to(plain.dtype)).to(dtype).to(noise.dtype) - plain.to(dtype).to(noise.dtype)
+    if bool((felt - noise).norm() > LOST * noise.norm()):
         raise ValueError(
-            f"the noise is lost in the rounding of {dtype}: it changes no embedding at all. Give a larger epsilon (the "
-            f"embeddings are of size {float(plain.float().std()):.2g}), or compute in a wider type"
+            f"the noise is lost in the rounding of {dtype}: of its size {float(noise.norm()):.2g} rounding takes "
+            f"{float((felt - noise).norm()):.2g}. Give a larger epsilon (the embeddings' entries are of size "
+            f"{float(plain.float().std()):.2g}), or compute in a wider type"
         )
