@@ -41,9 +41,9 @@ def layer_stack(model: nn.Module) -> nn.ModuleList:
 def mixed_at(model: nn.Module, layer: int, pairs: Pairs, real: Tensor) -> Iterator[None]:
     """Mix what enters layer number `layer` in the forward pass inside the block.
 
-    From that layer on, a row attends to the tokens of both: each layer's attention mask is joined with the partner's.
-    Below it, rows are as they were. A stand-in takes each layer's place for the length of the block: unlike a hook it
-    stays outside of what activation checkpointing runs again.
+    From that layer on, a row attends to the tokens of both: each layer's attention mask is joined with the partner's
+    (not where the row's own share is 1). Below it, rows are as they were. A stand-in takes each layer's place for the
+    length of the block: unlike a hook it stays outside of what activation checkpointing runs again.
 
     Args:
         model: wrapped or not.
@@ -112,5 +112,6 @@ class _StandIn(nn.Module):
                 f"{type(self.layer).__name__} is given no tensor with a mask for each row (got {came}): use "
                 'attention "sdpa" or "eager", or rows of one length'
             )
-        other = mask[self.pairs.partners]
+        alone = (self.pairs.weights == 1).reshape(-1, *[1] * (mask.ndim - 1))
+        other = torch.where(alone, mask, mask[self.pairs.partners])
         return mask | other if mask.dtype == torch.bool else torch.maximum(mask, other)

@@ -144,7 +144,8 @@ def mixup_loss(logits: Tensor, targets: Tensor, pairs: Pairs, *, ignore_index: i
     first, second = targets[rows], targets[pairs.partners[rows]]
     if len(rows) == 0 or bool((second == ignore_index).any()):
         raise ValueError("a labelled row can only be mixed with a labelled row: make the pairs of these very targets")
-    z, weights = at_least_float32(logits[rows]), pairs.weights[rows]
+    z = at_least_float32(logits[rows])
+    weights = pairs.weights[rows].to(z.dtype)
     one, other = (F.cross_entropy(z, wanted.long(), reduction="none") for wanted in (first, second))
     return (weights * one + (1 - weights) * other).mean()
 

@@ -21,8 +21,8 @@ class MixupLoss:
 
     Layer 0 mixes what the embeddings give to the first layer (Guo et al. 2019); a higher one, hidden states (Verma et
     al. 2019); of several, one is drawn for each batch. From that layer on a row attends to both rows' tokens, and
-    where a classifier reads a row's last token, it reads that of the longer one. Padding gives a zero vector. Every
-    layer below sees rows as they are.
+    where a classifier reads a row's last token, it reads that of the longer one. Padding gives a zero vector, so rows
+    of like length make the cleanest mixtures. A row whose own share is 1 is as it was.
 
     Language models and taggers are refused: a mixture of two texts has no next token. Rows of a batch depend on each
     other here, so other micro-batches give other mixtures. Without gradients (evaluation) it is the plain loss.
@@ -94,5 +94,5 @@ def _reaching_on(batch: Batch, pairs: Pairs, real: Tensor) -> Batch:
     weight 0.
     """
     behind = real.flip(1).cumsum(1).flip(1) == 0
-    ids = batch["input_ids"]
-    return {**batch, "input_ids": torch.where(behind & real[pairs.partners], ids[pairs.partners], ids)}
+    longer = behind & real[pairs.partners] & (pairs.weights < 1)[:, None]
+    return {**batch, "input_ids": torch.where(longer, batch["input_ids"][pairs.partners], batch["input_ids"])}
