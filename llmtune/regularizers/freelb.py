@@ -51,8 +51,9 @@ class FreeLBLoss:
         True
 
     Zhu et al., "FreeLB: Enhanced Adversarial Training for Natural Language Understanding" (2020), algorithm 1. Where we
-    differ from the authors' program: it puts no ball around the noise unless `adv_max_norm` is set, takes the ball of
-    the whole padded row, and works on `inputs_embeds`, of which classifiers cannot tell where a row ends.
+    differ from the authors' program: it puts no ball around the noise unless `adv_max_norm` is set, knows no example
+    but a row, so that a packed row would be one, and works on `inputs_embeds`, of which a decoder's classifier cannot
+    tell where a row ends.
     """
 
     loss: LossFunction = causal_lm_loss

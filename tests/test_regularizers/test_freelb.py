@@ -79,10 +79,11 @@ def test_rows_in_any_split_padded_or_packed_give_one_gradient():
 
 def test_dropout_is_the_same_at_every_place_and_another_in_the_next_batch():
     model = tiny_gpt2(dropout=0.3).train()
-    freelb = FreeLBLoss(epsilon=1e-4, step_size=1e-5)
-    first, again = (freelb(model, PADDED)[1] for _ in range(2))
-    assert abs(first["highest"] - first["first"]) < 1e-3
-    assert abs(first["first"] - again["first"]) > 1e-3
+    for start in (0.0, 1.0):
+        freelb = FreeLBLoss(epsilon=1e-4, step_size=1e-5, start=start)
+        first, again = (freelb(model, PADDED)[1] for _ in range(2))
+        assert abs(first["highest"] - first["first"]) < 1e-3
+        assert abs(first["first"] - again["first"]) > 1e-3
 
 
 def test_any_loss_and_its_parts_and_evaluation():

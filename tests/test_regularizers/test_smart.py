@@ -169,6 +169,18 @@ def test_equals_the_plain_formula(case, norm, known):
     assert smart.count_targets(batch) == loss.count_targets(batch) == len(t)
 
 
+def test_the_function_gives_what_the_loss_gives(known):
+    model, batch = tiny_bert(labels=3).double(), collate_padded(CLASSES)
+    kept = batch["labels"] != -100
+    predict = lambda e: model(inputs_embeds=e, attention_mask=batch["attention_mask"]).logits[kept]
+    words = model.get_input_embeddings()(batch["input_ids"])
+    for norm in ("linf", "l2"):
+        knobs = {"epsilon": 0.2, "steps": 3, "step_size": 0.1, "norm": norm}
+        found = smart_loss(predict, words, **knobs, real=batch["attention_mask"].bool())
+        _, parts = SmartLoss(classification_loss, strength=1.0, **knobs)(model, batch)
+        assert_close(found.detach(), parts["smart"], rtol=1e-8)
+
+
 def gradient_of(loss, model, batches):
     counts = [loss.count_targets(batch) for batch in batches]
     model.zero_grad()
