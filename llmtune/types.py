@@ -67,7 +67,10 @@ class Callback:
         """Before an optimizer step's first forward pass."""
 
     def on_task_gradients(self, loop: Any) -> None:
-        """The loss's gradient is complete, reduced and unscaled; the penalties' is not yet added."""
+        """The loss's gradient is complete, reduced and unscaled; the penalties' is not yet added.
+
+        `loop.means` has the step's mean "loss" and the loss's parts, scalars.
+        """
 
     def on_before_optimizer_step(self, loop: Any) -> None:
         """All gradients are in place, unclipped."""

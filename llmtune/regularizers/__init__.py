@@ -1,22 +1,42 @@
 """Regularizers: penalties, consistency losses and noise, for a large model that meets a small data set."""
 
+from llmtune.regularizers.flooding import Flooding, flood
+from llmtune.regularizers.freelb import FreeLBLoss
+from llmtune.regularizers.mixing import Pairs, mixup, mixup_loss, mixup_pairs
 from llmtune.regularizers.mixout import Mixout, mixout
 from llmtune.regularizers.mixout_model import mixout_model
+from llmtune.regularizers.mixup_classifier import MixupLoss
 from llmtune.regularizers.neftune import neftune, neftune_noise, token_lengths
+from llmtune.regularizers.rdrop import RDropLoss, r_drop_loss
+from llmtune.regularizers.smart import SmartLoss, smart_loss
 from llmtune.regularizers.stochastic_depth import drop_residual, stochastic_depth
+from llmtune.regularizers.symmetric import symmetric_kl
 from llmtune.regularizers.token_noise import token_noise
 from llmtune.regularizers.weight_noise import noisy_start, noisy_weights, weight_noise
 
 __all__ = [
+    "Flooding",
+    "FreeLBLoss",
     "Mixout",
+    "MixupLoss",
+    "Pairs",
+    "RDropLoss",
+    "SmartLoss",
     "drop_residual",
+    "flood",
     "mixout",
     "mixout_model",
+    "mixup",
+    "mixup_loss",
+    "mixup_pairs",
     "neftune",
     "neftune_noise",
     "noisy_start",
     "noisy_weights",
+    "r_drop_loss",
+    "smart_loss",
     "stochastic_depth",
+    "symmetric_kl",
     "token_lengths",
     "token_noise",
     "weight_noise",

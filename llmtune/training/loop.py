@@ -175,9 +175,9 @@ class TrainingLoop:
             metrics["overflow"] = (~gradient_norm(self.model).isfinite()).float()
         if self.step == 0:
             check_gradients(self.model)
+        self.means = metrics  # for callbacks: of the step so far, over all micro-batches and processes
         self._emit("on_task_gradients")
-        penalty = self.penalty()
-        if penalty is not None:
+        if (penalty := self.penalty()) is not None:
             scalar(penalty, "penalty()").backward()
             metrics["penalty"] = penalty.detach()
         return metrics | {"targets": total}

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from llmtune.data.collate import collate_padded
 from llmtune.errors import LawBroken
 from llmtune.losses.causal_lm import CausalLMLoss
+from llmtune.regularizers.freelb import FreeLBLoss
 from llmtune.testing.loop import check_loop, uneven_rows
 from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training.loop import TrainingLoop
@@ -62,6 +63,7 @@ CASES = {
     "smoothed": (tiny_llama, {"loss": CausalLMLoss(label_smoothing=0.1, z_loss=1e-3)}),
     "a user's loss": (tiny_llama, {"loss": PlainLoss(), "collate": collate_padded}),
     "with a penalty": (tiny_llama, {"penalties": [lambda m: 0.0 * m.lm_head.weight.sum()]}),
+    "FreeLB": (tiny_gpt2, {"loss": FreeLBLoss(epsilon=0.5, step_size=0.3, start=0.0)}),
     "encoder-decoder": (calm_t5, {"loss": SequenceToSequence(), "collate": collate_padded}),
 }
 

@@ -20,6 +20,7 @@ from llmtune.losses.masked_lm import MaskedLMLoss
 from llmtune.losses.preference import DPOLoss, dpo_loss
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
 from llmtune.losses.supervised_contrastive import SupervisedContrastiveLoss
+from llmtune.regularizers.rdrop import RDropLoss, r_drop_loss
 from llmtune.testing.losses import (
     check_loss,
     loss_adds_up,
@@ -212,6 +213,32 @@ def plain_prototypical(z: Tensor, t: Tensor, *, cosine: bool = False, temperatur
     return plain_cross_entropy(-d / temperature, t)
 
 
+class TwoDraws(RowsModel):
+    """The same, in train mode, whose every second pass gives other logits of a row, as dropout would."""
+
+    passes = 0
+
+    def forward(self, rows: Tensor, decoder_input_ids: Tensor | None = None) -> SimpleNamespace:
+        self.passes += 1
+        return super().forward(rows if self.passes % 2 else 0.7 * rows.flip(-1))
+
+
+def twice(loss: object, z: Tensor, t: Tensor, *, shifted: bool = False) -> Tensor:
+    if shifted:
+        z, t = torch.cat([z, z[:1]]), torch.cat([t[:1], t])
+    return loss(TwoDraws(), {"rows": z[None], "labels": t[None]})[0]
+
+
+def r_drop(z: Tensor, t: Tensor) -> Tensor:
+    return r_drop_loss(z, 0.7 * z.flip(-1), t, alpha=1.5)
+
+
+def plain_r_drop(z: Tensor, t: Tensor) -> Tensor:
+    p, q = (torch.softmax(logits[t != -100], -1) for logits in (z, 0.7 * z.flip(-1)))
+    divergence = (p * torch.log(p / q)).sum(-1) + (q * torch.log(q / p)).sum(-1)
+    return (plain_cross_entropy(z, t) + plain_cross_entropy(0.7 * z.flip(-1), t) + 1.5 * divergence.mean()) / 2
+
+
 SMOOTH = {"label_smoothing": 0.3, "z_loss": 0.2}
 PLAIN_SMOOTH = {"e": 0.3, "zl": 0.2}
 CONFIG = SimpleNamespace(final_logit_softcapping=1.3, logit_scale=0.7)
@@ -298,6 +325,14 @@ LOSSES = {
         partial(of_support, distance="cosine", temperature=0.2, reduction="none"),
         partial(plain_prototypical, cosine=True, temperature=0.2),
     ),
+    "r_drop_loss": (r_drop, plain_r_drop),
+    "RDropLoss of CausalLMLoss": (partial(twice, RDropLoss(alpha=1.5), shifted=True), plain_r_drop),
+    "RDropLoss of MaskedLMLoss": (partial(twice, RDropLoss(MaskedLMLoss(), alpha=1.5)), plain_r_drop),
+    "RDropLoss of SequenceToSequenceLoss": (
+        partial(twice, RDropLoss(SequenceToSequenceLoss(), alpha=1.5)),
+        plain_r_drop,
+    ),
+    "RDropLoss of ClassificationLoss": (partial(twice, RDropLoss(ClassificationLoss(), alpha=1.5)), plain_r_drop),
 }
 COUPLED = ("supervised_contrastive_loss", "SupervisedContrastiveLoss", "info_nce_loss")
 
