@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +17,13 @@ from llmtune.losses.cross_entropy import (
     check_softcap,
     scaled_and_capped,
 )
-
-Direction = Literal["forward", "reverse"]
+from llmtune.losses.directions import (
+    Direction,
+    check_direction,
+    divergence_gradient,
+    divergence_value,
+    row_divergence,
+)
 
 
 def kl_divergence(
@@ -30,9 +35,16 @@ def kl_divergence(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Return temperature^2 * KL between the softmax of two sets of logits, each divided by the temperature.
+    """Return temperature^2 * a divergence between the softmax of two sets of logits, each divided by the temperature.
 
-    "forward" is KL(teacher || student), "reverse" is KL(student || teacher). The factor temperature^2 keeps the size of
+    forward          KL(teacher || student)
+    reverse          KL(student || teacher)
+    symmetric        1/2 KL(teacher || student) + 1/2 KL(student || teacher)
+    jensen-shannon   1/2 KL(teacher || m) + 1/2 KL(student || m),  m = (teacher + student) / 2
+
+    The gradient is the closed form's: exactly 0 where student and teacher are equal. A logit of -inf is a probability of
+    0: where both have it there is no term; where only the side on the right of the KL has it the divergence is infinite
+    (never the Jensen-Shannon), and then the KL's left side gets no gradient from it. The factor temperature^2 keeps the size of
     the gradient as the temperature changes (Hinton et al. 2015, section 2). Rows outside the mask change nothing, not
     even by NaN in them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and
     all.
@@ -41,7 +53,7 @@ def kl_divergence(
         student: logits [..., V].
         teacher: logits [..., V]; gets a gradient where it asks for one.
         temperature: larger than 0; larger is softer.
-        direction: "forward" or "reverse".
+        direction: one of the four above.
         mask: [...] booleans, True for the rows that count; None for all.
         reduction: "mean" over the rows that count, "sum", or "none": [...], with 0 where the mask is False.
 
@@ -55,6 +67,9 @@ def kl_divergence(
         >>> teacher = torch.randn(2, 3, 7)
         >>> kl_divergence(teacher.clone(), teacher, temperature=2.0).item()
         0.0
+
+    Lin 1991, "Divergence measures based on the Shannon entropy", for the Jensen-Shannon; as a loss of a student, with
+    another share of the teacher in m, Agarwal et al. 2024, "On-policy distillation of language models", equation 1.
     """
     if student.ndim < 1 or student.shape != teacher.shape:
         raise ValueError(f"student and teacher need one shape [..., V]; got {[*student.shape]} and {[*teacher.shape]}")
@@ -101,7 +116,7 @@ def linear_kl_divergence(
         teacher_hidden: [N, E'], the teacher's.
         teacher_weight: [V, E'], the teacher's head.
         temperature: larger than 0.
-        direction: "forward", KL(teacher || student), or "reverse", KL(student || teacher).
+        direction: as in `kl_divergence`.
         mask: [N] booleans, True for the rows that count; None for all.
         bias: [V], the student's, or None.
         teacher_bias: [V], or None.
@@ -154,40 +169,50 @@ class Divergence:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature must be larger than 0; got {self.temperature}")
-        if self.direction not in ("forward", "reverse"):
-            raise ValueError(f'direction must be "forward" or "reverse"; got {self.direction!r}')
+        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be a finite number larger than 0; got {self.temperature}")
+        check_direction(self.direction)
         check_softcap(self.softcap)
 
     @property
     def buffers(self) -> int:
-        return 11
+        held = {"forward": 5, "reverse": 6, "symmetric": 7, "jensen-shannon": 7}[self.direction]
+        return held if self.softcap is None else held + 1
 
     def of_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the losses [N] of finished logits [N, V]."""
-        s, t = student / self.temperature, teacher / self.temperature
-        lse_s = s.logsumexp(-1, keepdim=True)
-        log_s, log_t = s - lse_s, t - t.logsumexp(-1, keepdim=True)
-        log_p, log_q = (log_t, log_s) if self.direction == "forward" else (log_s, log_t)
-        p = log_p.exp()
-        value = (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)  # 0 log 0 = 0, for logits of -inf
-        if self.direction == "forward" and (s.requires_grad or t.requires_grad):
-            # the same divergence, less exact as a value; but its gradient is q - p, which is exactly 0 where they agree
-            slope = lse_s.squeeze(-1) + (p * torch.where(p == 0, 0.0, log_p - s)).sum(-1)
-            value = slope + torch.where(slope.isfinite(), value - slope, 0.0).detach()
-        return self.temperature**2 * value
+        return row_divergence(student, teacher, self.temperature, self.direction)
 
     def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
         """Return the losses [n] and turn the student's logits z [n, V] into their gradient; see `RowLoss`."""
         hidden, weight, bias = tensors
         assert hidden is not None
-        with torch.enable_grad():
-            logits = z.detach().requires_grad_(gradients)
-            losses = self.plain(logits, (hidden[rows], weight, bias))
-            if gradients:
-                z.copy_(torch.autograd.grad(losses.sum(), logits)[0])
-        return losses.detach()
+        assert weight is not None
+        teacher = torch.mm(hidden[rows], weight.T).to(z.dtype)  # in the student's steps: equal to it where they agree
+        if bias is not None:
+            teacher += bias
+        slope = self._log_probabilities(z, gradients)
+        self._log_probabilities(teacher, False)
+        losses = self.temperature**2 * divergence_value(z, teacher, self.direction)
+        if gradients:
+            torch.mul(divergence_gradient(z, teacher, self.direction), self.temperature * self.logit_scale, out=z)
+            if slope is not None:
+                z *= slope
+        return losses
+
+    def _log_probabilities(self, z: Tensor, gradients: bool) -> Tensor | None:
+        """Turn logits z [n, V] into log-probabilities in place; return the soft cap's slope where a gradient needs it."""
+        slope = None
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_()
+            slope = 1 - z.square() if gradients else None
+            z *= self.softcap
+        if self.temperature != 1.0:
+            z /= self.temperature
+        z -= z.logsumexp(-1, keepdim=True)
+        return slope
 
     def plain(self, z: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
         """Return the losses [N] of the student's logits z [N, V]; see `RowLoss`."""
