@@ -77,10 +77,10 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _kl_gradient(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Return the gradient of KL(a || b) by the logits of a, [N, V]: a (log(a / b) - KL). With the mean of a and
-    something for b it is the gradient of KL(a || mean) + KL(something || mean) too, as what comes through the mean is 0.
+    """Return the gradient [N, V] of KL(a || b) by the logits of a, which is a (log(a / b) - KL(a || b)).
 
-    0 in a row where KL(a || b) is infinite, which has no slope to follow.
+    With the mean of a and c for b it is also that of KL(a || mean) + KL(c || mean): what comes through the mean is 0.
+    A row where KL(a || b) is infinite has no slope to follow, and gets 0.
     """
     a = log_a.exp()
     ratio = _log_ratio(a, log_a, log_b)

@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence between a teacher's and a student's predictions, also without their logits."""
+"""Divergences between a teacher's and a student's predictions, also without their logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32, compute_dtype, linear_row_loss
 from llmtune.losses.cross_entropy import (
-    REDUCTIONS,
     Reduction,
     check_linear_shapes,
     check_softcap,
@@ -24,6 +23,7 @@ from llmtune.losses.directions import (
     divergence_value,
     row_divergence,
 )
+from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
 
 
 def kl_divergence(
@@ -42,12 +42,11 @@ def kl_divergence(
     symmetric        1/2 KL(teacher || student) + 1/2 KL(student || teacher)
     jensen-shannon   1/2 KL(teacher || m) + 1/2 KL(student || m),  m = (teacher + student) / 2
 
-    The gradient is the closed form's: exactly 0 where student and teacher are equal. A logit of -inf is a probability of
-    0: where both have it there is no term; where only the side on the right of the KL has it the divergence is infinite
-    (never the Jensen-Shannon), and then the KL's left side gets no gradient from it. The factor temperature^2 keeps the size of
-    the gradient as the temperature changes (Hinton et al. 2015, section 2). Rows outside the mask change nothing, not
-    even by NaN in them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and
-    all.
+    The gradient is the closed form's: exactly 0 where student and teacher are equal. A logit of -inf is a probability
+    of 0: where both sides have it there is no term; where b alone has it KL(a || b) is infinite, and a gets no gradient
+    from it. (The Jensen-Shannon divergence is never infinite.) The factor temperature^2 keeps the size of the gradient
+    as the temperature changes (Hinton et al. 2015, section 2). Rows outside the mask change nothing, not even by NaN in
+    them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and all.
 
     Args:
         student: logits [..., V].
@@ -73,20 +72,12 @@ def kl_divergence(
     """
     if student.ndim < 1 or student.shape != teacher.shape:
         raise ValueError(f"student and teacher need one shape [..., V]; got {[*student.shape]} and {[*teacher.shape]}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_reduction(reduction)
     loss = Divergence(temperature, direction)
-    *shape, V = student.shape
-    rows = _rows_that_count(mask, torch.Size(shape))
-    student, teacher = student.reshape(-1, V), teacher.reshape(-1, V)
-    N = len(student)
-    if rows is not None:
-        student, teacher = student.index_select(0, rows), teacher.index_select(0, rows)
-    _check_mean(reduction, len(student), N)
-    value = loss.of_logits(at_least_float32(student), at_least_float32(teacher))
-    if reduction == "none":
-        return (value if rows is None else value.new_zeros(N).index_copy(0, rows, value)).reshape(shape)
-    return value.sum() / (len(value) if reduction == "mean" else 1)
+    shape = student.shape[:-1]
+    rows = rows_that_count(mask, shape, reduction)
+    value = loss.of_logits(*(at_least_float32(counted(logits, rows)) for logits in (student, teacher)))
+    return reduced(value, rows, shape, reduction)
 
 
 def linear_kl_divergence(
@@ -140,14 +131,11 @@ def linear_kl_divergence(
             "student and teacher need the same rows and the same vocabulary; got hidden "
             f"{[*hidden.shape]} and {[*teacher_hidden.shape]}, weight {[*weight.shape]} and {[*teacher_weight.shape]}"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_reduction(reduction)
     loss = Divergence(temperature, direction, softcap, logit_scale)
-    N = len(hidden)
-    rows = _rows_that_count(mask, hidden.shape[:1])
-    if rows is not None:
-        hidden, teacher_hidden = hidden.index_select(0, rows), teacher_hidden.index_select(0, rows)
-    _check_mean(reduction, len(hidden), N)
+    shape = hidden.shape[:1]
+    rows = rows_that_count(mask, shape, reduction)
+    hidden, teacher_hidden = counted(hidden, rows), counted(teacher_hidden, rows)
     dtype = compute_dtype(teacher_hidden, teacher_weight)
     fixed = (
         teacher_hidden.detach().to(dtype),
@@ -156,7 +144,7 @@ def linear_kl_divergence(
     )
     per_row, factor = reduction == "none", 1 / len(hidden) if reduction == "mean" else 1.0
     value = linear_row_loss(hidden, weight, bias, loss, fixed, per_row=per_row, factor=factor, chunk_rows=chunk_rows)
-    return value if not per_row or rows is None else value.new_zeros(N).index_copy(0, rows, value)
+    return reduced(value, rows, shape, "none") if per_row else value
 
 
 @dataclass(frozen=True)
@@ -201,7 +189,7 @@ class Divergence:
         return losses
 
     def _log_probabilities(self, z: Tensor, gradients: bool) -> Tensor | None:
-        """Turn logits z [n, V] into log-probabilities in place; return the soft cap's slope where a gradient needs it."""
+        """Turn logits z [n, V] into log-probabilities in place; return the soft cap's slope for a gradient, or None."""
         slope = None
         if self.logit_scale != 1.0:
             z *= self.logit_scale
@@ -224,16 +212,3 @@ class Divergence:
             scaled_and_capped(z, self.logit_scale, self.softcap),
             scaled_and_capped(teacher.to(z.dtype), self.logit_scale, self.softcap),
         )
-
-
-def _rows_that_count(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.shape != shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be booleans {[*shape]}, one a row; got {mask.dtype} {[*mask.shape]}")
-    return mask.flatten().nonzero().squeeze(1)
-
-
-def _check_mean(reduction: str, rows: int, of: int) -> None:
-    if reduction == "mean" and rows == 0:
-        raise ValueError(f"the mean needs at least one row: the mask leaves none of {of}")
