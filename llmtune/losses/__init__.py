@@ -2,24 +2,34 @@
 
 from llmtune.losses.causal_lm import CausalLMLoss, causal_lm_loss
 from llmtune.losses.classification import ClassificationLoss, classification_loss
+from llmtune.losses.confidence import ConfidencePenaltyLoss, confidence_penalty
 from llmtune.losses.cross_entropy import linear_cross_entropy
 from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
+from llmtune.losses.features import FeatureDistillationLoss, feature_distillation_loss
+from llmtune.losses.focal import FocalLoss, focal_loss
 from llmtune.losses.head import Head, hidden_before_head, model_inputs
 from llmtune.losses.masked_lm import MaskedLMLoss, masked_lm_loss
 from llmtune.losses.packed import check_documents_apart, document_leak
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss, sequence_to_sequence_loss
 from llmtune.losses.token_loss import head_cross_entropy
+from llmtune.losses.top_k import top_k_kl_divergence, top_k_log_probabilities
 
 __all__ = [
     "CausalLMLoss",
     "ClassificationLoss",
+    "ConfidencePenaltyLoss",
+    "FeatureDistillationLoss",
+    "FocalLoss",
     "Head",
     "MaskedLMLoss",
     "SequenceToSequenceLoss",
     "causal_lm_loss",
     "check_documents_apart",
     "classification_loss",
+    "confidence_penalty",
     "document_leak",
+    "feature_distillation_loss",
+    "focal_loss",
     "head_cross_entropy",
     "hidden_before_head",
     "kl_divergence",
@@ -28,4 +38,6 @@ __all__ = [
     "masked_lm_loss",
     "model_inputs",
     "sequence_to_sequence_loss",
+    "top_k_kl_divergence",
+    "top_k_log_probabilities",
 ]

@@ -33,10 +33,10 @@ def linear_cross_entropy(
     """Return the cross-entropy of z = softcap(logit_scale * (hidden @ weight.T + bias)) with the targets.
 
     A row's loss is (1 - e) (lse - z_target) + e (lse - mean z) + z_loss * lse^2, with lse = log sum exp z and e the
-    label smoothing: `F.cross_entropy(F.linear(hidden, weight, bias), targets)` with its options and more. It never holds the
-    [N, V] logits: only rows that carry a label are computed, `chunk_rows` at a time, and their gradient is formed in
-    the same pass. What stands in the other rows, NaN included, changes nothing. The z-loss is that of PaLM (Chowdhery
-    et al. 2022, section 5), which has log^2 Z with factor 1e-4.
+    label smoothing: `F.cross_entropy(F.linear(hidden, weight, bias), targets)` with its options and more. It never
+    holds the [N, V] logits: only rows that carry a label are computed, `chunk_rows` at a time, and their gradient is
+    formed in the same pass. What stands in the other rows, NaN included, changes nothing. The z-loss is that of PaLM
+    (Chowdhery et al. 2022, section 5), which has log^2 Z with factor 1e-4.
 
     Args:
         hidden: [N, E] floats. With bfloat16 or float16 the products run in that type, softmax and loss in float32.
