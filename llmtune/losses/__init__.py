@@ -6,6 +6,11 @@ from llmtune.losses.contrastive import info_nce_loss, prototypical_loss, supervi
 from llmtune.losses.cross_entropy import linear_cross_entropy
 from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
 from llmtune.losses.embedding import sentence_embeddings
+from llmtune.losses.confidence import ConfidencePenaltyLoss, confidence_penalty
+from llmtune.losses.cross_entropy import linear_cross_entropy
+from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
+from llmtune.losses.features import FeatureDistillationLoss, feature_distillation_loss
+from llmtune.losses.focal import FocalLoss, focal_loss
 from llmtune.losses.head import Head, hidden_before_head, model_inputs
 from llmtune.losses.masked_lm import MaskedLMLoss, masked_lm_loss
 from llmtune.losses.packed import check_documents_apart, document_leak
@@ -14,11 +19,15 @@ from llmtune.losses.sequence import sequence_log_probabilities
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss, sequence_to_sequence_loss
 from llmtune.losses.supervised_contrastive import SupervisedContrastiveLoss
 from llmtune.losses.token_loss import head_cross_entropy
+from llmtune.losses.top_k import top_k_kl_divergence, top_k_log_probabilities
 
 __all__ = [
     "CausalLMLoss",
     "ClassificationLoss",
     "DPOLoss",
+    "ConfidencePenaltyLoss",
+    "FeatureDistillationLoss",
+    "FocalLoss",
     "Head",
     "MaskedLMLoss",
     "SequenceToSequenceLoss",
@@ -26,8 +35,11 @@ __all__ = [
     "causal_lm_loss",
     "check_documents_apart",
     "classification_loss",
+    "confidence_penalty",
     "document_leak",
     "dpo_loss",
+    "feature_distillation_loss",
+    "focal_loss",
     "head_cross_entropy",
     "hidden_before_head",
     "info_nce_loss",
@@ -41,4 +53,6 @@ __all__ = [
     "sequence_log_probabilities",
     "sequence_to_sequence_loss",
     "supervised_contrastive_loss",
+    "top_k_kl_divergence",
+    "top_k_log_probabilities",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from llmtune.losses.cross_entropy import CrossEntropy
-from llmtune.losses.head import hidden_before_head
+from llmtune.losses.head import Head, hidden_before_head
 from llmtune.losses.token_loss import check_language_model, head_cross_entropy, token_labels
 from llmtune.types import Batch
 
@@ -56,13 +56,28 @@ class CausalLMLoss:
             ValueError: the batch has no labels, all of them are -100, one is out of range, the model's head cannot be
                 found, or the model adds to its loss what is not in its logits.
         """
+        return head_cross_entropy(
+            *self.before_head(model, batch), label_smoothing=self.label_smoothing, z_loss=self.z_loss
+        )
+
+    def before_head(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Head, Tensor]:
+        """Run the model; return what enters its head, the head, and the targets, which are -100 where there is none.
+
+        Args:
+            model: as for the loss.
+            batch: as for the loss.
+
+        Returns:
+            (hidden [B, n, E], head, targets [B, n]).
+
+        Raises:
+            ValueError: as the loss does, but for the labels' range.
+        """
         targets = token_labels(batch)[:, 1:]
         check_language_model(model, causal=True)
         hidden, head = hidden_before_head(model, batch)
         T = targets.shape[1] + 1  # counted from the end: prompt tuning puts virtual tokens before the first
-        return head_cross_entropy(
-            hidden[:, -T:-1], head, targets, label_smoothing=self.label_smoothing, z_loss=self.z_loss
-        )
+        return hidden[:, -T:-1], head, targets
 
     def count_targets(self, batch: Batch) -> int:
         """Return how many labels are not -100, each row's first left out: nothing predicts it."""

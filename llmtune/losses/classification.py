@@ -59,7 +59,8 @@ class ClassificationLoss:
         _check_kind(problem, labels)
         logits = at_least_float32(model(**model_inputs(model, batch)).logits)
         if not labels.is_floating_point():
-            return self._cross_entropy(logits, labels)
+            rows, targets = _labelled(logits, labels)
+            return CrossEntropy(self.label_smoothing).plain(rows, (targets,)).mean()
         if self.label_smoothing:
             raise ValueError("label_smoothing is for integer labels, one class each; got floats")
         labels = labels.to(logits.dtype)
@@ -77,24 +78,42 @@ class ClassificationLoss:
         labels = _labels(batch)
         return len(labels) if labels.is_floating_point() else int((labels != -100).sum())
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if logits.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"integer labels {[*labels.shape]} do not fit logits {[*logits.shape]}: one class for each row of "
-                "logits is needed. Several classes at once are given as floats [B, C] of 0 and 1"
-            )
-        C = logits.shape[-1]
-        if C == 1:
-            raise ValueError(
-                "the model has one logit, so there is nothing to choose from: regress on float labels instead"
-            )
-        rows, targets = logits.flatten(0, -2), labels.flatten()
-        labelled = labelled_rows(targets, C)
-        if labelled is not None:
-            rows, targets = rows.index_select(0, labelled), targets.index_select(0, labelled)
-        if len(targets) == 0:
-            raise ValueError(f"the mean needs at least one target: all {labels.numel()} are ignored (labels all -100)")
-        return CrossEntropy(self.label_smoothing).plain(rows, (targets,)).mean()
+
+def class_rows(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run a classifier and return its logits [n, C], in at least float32, and targets [n] where there is a label.
+
+    Args:
+        model: a sequence or token classifier whose output has `logits`, [B, C] or [B, T, C]; wrapped or not.
+        batch: "labels" of integers, [B] or [B, T], and whatever the model's forward takes.
+
+    Raises:
+        ValueError: the batch has no integer labels, they do not fit the logits, all of them are -100, or one is out of
+            range.
+    """
+    labels = _labels(batch)
+    if labels.is_floating_point():
+        raise ValueError(f"the loss needs integer labels, one class each; got {labels.dtype} {[*labels.shape]}")
+    _check_kind(getattr(getattr(unwrap(model), "config", None), "problem_type", None), labels)
+    return _labelled(at_least_float32(model(**model_inputs(model, batch)).logits), labels)
+
+
+def _labelled(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of logits [n, C] and the targets [n] where integer labels [...] are not -100."""
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"integer labels {[*labels.shape]} do not fit logits {[*logits.shape]}: one class for each row of "
+            "logits is needed. Several classes at once are given as floats [B, C] of 0 and 1"
+        )
+    C = logits.shape[-1]
+    if C == 1:
+        raise ValueError("the model has one logit, so there is nothing to choose from: regress on float labels instead")
+    rows, targets = logits.flatten(0, -2), labels.flatten()
+    labelled = labelled_rows(targets, C)
+    if labelled is not None:
+        rows, targets = rows.index_select(0, labelled), targets.index_select(0, labelled)
+    if len(targets) == 0:
+        raise ValueError(f"the mean needs at least one target: all {labels.numel()} are ignored (labels all -100)")
+    return rows, targets
 
 
 def _check_kind(problem: str | None, labels: Tensor) -> None:

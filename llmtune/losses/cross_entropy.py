@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,11 +33,10 @@ def linear_cross_entropy(
     """Return the cross-entropy of z = softcap(logit_scale * (hidden @ weight.T + bias)) with the targets.
 
     A row's loss is (1 - e) (lse - z_target) + e (lse - mean z) + z_loss * lse^2, with lse = log sum exp z and e the
-    label
-    smoothing: `F.cross_entropy(F.linear(hidden, weight, bias), targets)` with its options and more. It never holds the
-    [N, V] logits: only rows that carry a label are computed, `chunk_rows` at a time, and their gradient is formed in
-    the same pass. What stands in the other rows, NaN included, changes nothing. The z-loss is that of PaLM (Chowdhery
-    et al. 2022, section 5), which has log^2 Z with factor 1e-4.
+    label smoothing: `F.cross_entropy(F.linear(hidden, weight, bias), targets)` with its options and more. It never
+    holds the [N, V] logits: only rows that carry a label are computed, `chunk_rows` at a time, and their gradient is
+    formed in the same pass. What stands in the other rows, NaN included, changes nothing. The z-loss is that of PaLM
+    (Chowdhery et al. 2022, section 5), which has log^2 Z with factor 1e-4.
 
     Args:
         hidden: [N, E] floats. With bfloat16 or float16 the products run in that type, softmax and loss in float32.
@@ -101,9 +101,15 @@ class CrossEntropy:
     def __post_init__(self) -> None:
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be between 0 and 1; got {self.label_smoothing}")
-        if not self.z_loss >= 0.0:
-            raise ValueError(f"z_loss must be 0 or more; got {self.z_loss}")
+        if not (self.z_loss >= 0.0 and math.isfinite(self.z_loss)):
+            raise ValueError(f"z_loss must be a finite number, 0 or more; got {self.z_loss}")
         check_softcap(self.softcap)
+        if not (math.isfinite(self.logit_scale) and self.logit_scale != 0.0):
+            raise ValueError(f"logit_scale must be a finite number other than 0; got {self.logit_scale}")
+
+    def after_head(self, softcap: float | None, logit_scale: float) -> CrossEntropy:
+        """Return the same for logits that are scaled and capped first."""
+        return replace(self, softcap=softcap, logit_scale=logit_scale)
 
     @property
     def buffers(self) -> int:
@@ -178,9 +184,9 @@ def scaled_and_capped(z: Tensor, logit_scale: float, softcap: float | None) -> T
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Raise ValueError where the soft cap is neither None nor larger than 0."""
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(f"softcap must be larger than 0, or None; got {softcap}")
+    """Raise ValueError where the soft cap is neither None nor finite and larger than 0."""
+    if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be finite and larger than 0, or None; got {softcap}")
 
 
 def check_linear_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

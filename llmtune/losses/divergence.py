@@ -1,9 +1,9 @@
-"""Kullback-Leibler divergence between a teacher's and a student's predictions, also without their logits."""
+"""Divergences between a teacher's and a student's predictions, also without their logits."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,14 +11,19 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32, compute_dtype, linear_row_loss
 from llmtune.losses.cross_entropy import (
-    REDUCTIONS,
     Reduction,
     check_linear_shapes,
     check_softcap,
     scaled_and_capped,
 )
-
-Direction = Literal["forward", "reverse"]
+from llmtune.losses.directions import (
+    Direction,
+    check_direction,
+    divergence_gradient,
+    divergence_value,
+    row_divergence,
+)
+from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
 
 
 def kl_divergence(
@@ -30,18 +35,24 @@ def kl_divergence(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Return temperature^2 * KL between the softmax of two sets of logits, each divided by the temperature.
+    """Return temperature^2 * a divergence between the softmax of two sets of logits, each divided by the temperature.
 
-    "forward" is KL(teacher || student), "reverse" is KL(student || teacher). The factor temperature^2 keeps the size of
-    the gradient as the temperature changes (Hinton et al. 2015, section 2). Rows outside the mask change nothing, not
-    even by NaN in them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and
-    all.
+    forward          KL(teacher || student)
+    reverse          KL(student || teacher)
+    symmetric        1/2 KL(teacher || student) + 1/2 KL(student || teacher)
+    jensen-shannon   1/2 KL(teacher || m) + 1/2 KL(student || m),  m = (teacher + student) / 2
+
+    The gradient is the closed form's: exactly 0 where student and teacher are equal. A logit of -inf is a probability
+    of 0: where both sides have it there is no term; where b alone has it KL(a || b) is infinite, and a gets no gradient
+    from it. (The Jensen-Shannon divergence is never infinite.) The factor temperature^2 keeps the size of the gradient
+    as the temperature changes (Hinton et al. 2015, section 2). Rows outside the mask change nothing, not even by NaN in
+    them; torch's `kl_div(reduction="batchmean")` instead divides by the first dimension, padding and all.
 
     Args:
         student: logits [..., V].
         teacher: logits [..., V]; gets a gradient where it asks for one.
         temperature: larger than 0; larger is softer.
-        direction: "forward" or "reverse".
+        direction: one of the four above.
         mask: [...] booleans, True for the rows that count; None for all.
         reduction: "mean" over the rows that count, "sum", or "none": [...], with 0 where the mask is False.
 
@@ -55,23 +66,18 @@ def kl_divergence(
         >>> teacher = torch.randn(2, 3, 7)
         >>> kl_divergence(teacher.clone(), teacher, temperature=2.0).item()
         0.0
+
+    Lin 1991, "Divergence measures based on the Shannon entropy", for the Jensen-Shannon; as a loss of a student, with
+    another share of the teacher in m, Agarwal et al. 2024, "On-policy distillation of language models", equation 1.
     """
     if student.ndim < 1 or student.shape != teacher.shape:
         raise ValueError(f"student and teacher need one shape [..., V]; got {[*student.shape]} and {[*teacher.shape]}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_reduction(reduction)
     loss = Divergence(temperature, direction)
-    *shape, V = student.shape
-    rows = _rows_that_count(mask, torch.Size(shape))
-    student, teacher = student.reshape(-1, V), teacher.reshape(-1, V)
-    N = len(student)
-    if rows is not None:
-        student, teacher = student.index_select(0, rows), teacher.index_select(0, rows)
-    _check_mean(reduction, len(student), N)
-    value = loss.of_logits(at_least_float32(student), at_least_float32(teacher))
-    if reduction == "none":
-        return (value if rows is None else value.new_zeros(N).index_copy(0, rows, value)).reshape(shape)
-    return value.sum() / (len(value) if reduction == "mean" else 1)
+    shape = student.shape[:-1]
+    rows = rows_that_count(mask, shape, reduction)
+    value = loss.of_logits(*(at_least_float32(counted(logits, rows)) for logits in (student, teacher)))
+    return reduced(value, rows, shape, reduction)
 
 
 def linear_kl_divergence(
@@ -101,7 +107,7 @@ def linear_kl_divergence(
         teacher_hidden: [N, E'], the teacher's.
         teacher_weight: [V, E'], the teacher's head.
         temperature: larger than 0.
-        direction: "forward", KL(teacher || student), or "reverse", KL(student || teacher).
+        direction: as in `kl_divergence`.
         mask: [N] booleans, True for the rows that count; None for all.
         bias: [V], the student's, or None.
         teacher_bias: [V], or None.
@@ -125,14 +131,11 @@ def linear_kl_divergence(
             "student and teacher need the same rows and the same vocabulary; got hidden "
             f"{[*hidden.shape]} and {[*teacher_hidden.shape]}, weight {[*weight.shape]} and {[*teacher_weight.shape]}"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_reduction(reduction)
     loss = Divergence(temperature, direction, softcap, logit_scale)
-    N = len(hidden)
-    rows = _rows_that_count(mask, hidden.shape[:1])
-    if rows is not None:
-        hidden, teacher_hidden = hidden.index_select(0, rows), teacher_hidden.index_select(0, rows)
-    _check_mean(reduction, len(hidden), N)
+    shape = hidden.shape[:1]
+    rows = rows_that_count(mask, shape, reduction)
+    hidden, teacher_hidden = counted(hidden, rows), counted(teacher_hidden, rows)
     dtype = compute_dtype(teacher_hidden, teacher_weight)
     fixed = (
         teacher_hidden.detach().to(dtype),
@@ -141,7 +144,7 @@ def linear_kl_divergence(
     )
     per_row, factor = reduction == "none", 1 / len(hidden) if reduction == "mean" else 1.0
     value = linear_row_loss(hidden, weight, bias, loss, fixed, per_row=per_row, factor=factor, chunk_rows=chunk_rows)
-    return value if not per_row or rows is None else value.new_zeros(N).index_copy(0, rows, value)
+    return reduced(value, rows, shape, "none") if per_row else value
 
 
 @dataclass(frozen=True)
@@ -154,40 +157,50 @@ class Divergence:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature must be larger than 0; got {self.temperature}")
-        if self.direction not in ("forward", "reverse"):
-            raise ValueError(f'direction must be "forward" or "reverse"; got {self.direction!r}')
+        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be a finite number larger than 0; got {self.temperature}")
+        check_direction(self.direction)
         check_softcap(self.softcap)
 
     @property
     def buffers(self) -> int:
-        return 11
+        held = {"forward": 5, "reverse": 6, "symmetric": 7, "jensen-shannon": 7}[self.direction]
+        return held if self.softcap is None else held + 1
 
     def of_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the losses [N] of finished logits [N, V]."""
-        s, t = student / self.temperature, teacher / self.temperature
-        lse_s = s.logsumexp(-1, keepdim=True)
-        log_s, log_t = s - lse_s, t - t.logsumexp(-1, keepdim=True)
-        log_p, log_q = (log_t, log_s) if self.direction == "forward" else (log_s, log_t)
-        p = log_p.exp()
-        value = (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)  # 0 log 0 = 0, for logits of -inf
-        if self.direction == "forward" and (s.requires_grad or t.requires_grad):
-            # the same divergence, less exact as a value; but its gradient is q - p, which is exactly 0 where they agree
-            slope = lse_s.squeeze(-1) + (p * torch.where(p == 0, 0.0, log_p - s)).sum(-1)
-            value = slope + torch.where(slope.isfinite(), value - slope, 0.0).detach()
-        return self.temperature**2 * value
+        return row_divergence(student, teacher, self.temperature, self.direction)
 
     def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
         """Return the losses [n] and turn the student's logits z [n, V] into their gradient; see `RowLoss`."""
         hidden, weight, bias = tensors
         assert hidden is not None
-        with torch.enable_grad():
-            logits = z.detach().requires_grad_(gradients)
-            losses = self.plain(logits, (hidden[rows], weight, bias))
-            if gradients:
-                z.copy_(torch.autograd.grad(losses.sum(), logits)[0])
-        return losses.detach()
+        assert weight is not None
+        teacher = torch.mm(hidden[rows], weight.T).to(z.dtype)  # in the student's steps: equal to it where they agree
+        if bias is not None:
+            teacher += bias
+        slope = self._log_probabilities(z, gradients)
+        self._log_probabilities(teacher, False)
+        losses = self.temperature**2 * divergence_value(z, teacher, self.direction)
+        if gradients:
+            torch.mul(divergence_gradient(z, teacher, self.direction), self.temperature * self.logit_scale, out=z)
+            if slope is not None:
+                z *= slope
+        return losses
+
+    def _log_probabilities(self, z: Tensor, gradients: bool) -> Tensor | None:
+        """Turn logits z [n, V] into log-probabilities in place; return the soft cap's slope for a gradient, or None."""
+        slope = None
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_()
+            slope = 1 - z.square() if gradients else None
+            z *= self.softcap
+        if self.temperature != 1.0:
+            z /= self.temperature
+        z -= z.logsumexp(-1, keepdim=True)
+        return slope
 
     def plain(self, z: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
         """Return the losses [N] of the student's logits z [N, V]; see `RowLoss`."""
@@ -199,16 +212,3 @@ class Divergence:
             scaled_and_capped(z, self.logit_scale, self.softcap),
             scaled_and_capped(teacher.to(z.dtype), self.logit_scale, self.softcap),
         )
-
-
-def _rows_that_count(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.shape != shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be booleans {[*shape]}, one a row; got {mask.dtype} {[*mask.shape]}")
-    return mask.flatten().nonzero().squeeze(1)
-
-
-def _check_mean(reduction: str, rows: int, of: int) -> None:
-    if reduction == "mean" and rows == 0:
-        raise ValueError(f"the mean needs at least one row: the mask leaves none of {of}")

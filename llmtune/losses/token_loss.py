@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+<<<<<<< HEAD
 from llmtune.losses.chunked import at_least_float32, default_chunk_rows
 from llmtune.losses.cross_entropy import (
     REDUCTIONS,
@@ -14,9 +17,21 @@ from llmtune.losses.cross_entropy import (
     labelled_rows,
     linear_cross_entropy,
 )
+=======
+from llmtune.losses.chunked import RowLoss, at_least_float32, default_chunk_rows, linear_row_loss
+from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows
+>>>>>>> h-divergence
 from llmtune.losses.head import Head
 from llmtune.modules import unwrap
 from llmtune.types import Batch
+
+
+class TargetLoss(RowLoss, Protocol):
+    """A `RowLoss` whose one tensor beside the logits are the targets, none of them ignored."""
+
+    def after_head(self, softcap: float | None, logit_scale: float) -> TargetLoss:
+        """Return the same loss of logits that are scaled and soft-capped first."""
+        ...
 
 
 def head_cross_entropy(
@@ -48,14 +63,36 @@ def head_cross_entropy(
     Raises:
         ValueError: a label or an option is out of range, or no position carries a label and the mean is asked for.
     """
+<<<<<<< HEAD
     if reduction not in REDUCTIONS:
         raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+=======
+    return head_loss(hidden, head, targets, CrossEntropy(label_smoothing, z_loss))
+
+
+def head_loss(hidden: Tensor, head: Head, targets: Tensor, loss: TargetLoss) -> Tensor:
+    """Return the mean of a loss of the head's logits over the positions that carry a label; see `head_cross_entropy`.
+
+    Args:
+        hidden: [..., E], what enters the head.
+        head: from `hidden_before_head`.
+        targets: [...] integers, the class of each position, -100 where there is none.
+        loss: of a row of logits and its target.
+
+    Returns:
+        A scalar, in at least float32.
+
+    Raises:
+        ValueError: no position carries a label, or a label is out of range.
+    """
+>>>>>>> h-divergence
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"the model's head is given hidden states {[*hidden.shape]}, which do not match the targets "
             f"{[*targets.shape]}: this model cannot be trained with labels of that shape"
         )
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
+<<<<<<< HEAD
     plain = head.linear()
     if plain is not None:
         weight, bias = plain
@@ -65,16 +102,22 @@ def head_cross_entropy(
         )  # fmt: skip
         return value.reshape(targets.shape) if reduction == "none" else value
     loss = CrossEntropy(label_smoothing, z_loss)
+=======
+>>>>>>> h-divergence
     labelled = labelled_rows(wanted, head.classes)
     if labelled is not None:
         rows, wanted = rows.index_select(0, labelled), wanted.index_select(0, labelled)
     if len(wanted) == 0 and reduction == "mean":
         raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (labels all -100)")
+    plain = head.linear()
+    if plain is not None:
+        loss = loss.after_head(head.softcap, head.logit_scale)
+        return linear_row_loss(rows, *plain, loss, (wanted,), factor=1 / len(wanted))
 
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
         return loss.plain(at_least_float32(head.logits(h)), (t,))
 
-    size = default_chunk_rows(rows.new_empty(head.classes, 0), buffers=4)  # logits, softmax, and their gradients
+    size = default_chunk_rows(rows.new_empty(head.classes, 0), buffers=loss.buffers + 3)  # and what autograd keeps
     parts = [
         checkpoint(chunk_loss, h, t, use_reentrant=False)
         for h, t in zip(rows.split(size), wanted.split(size), strict=True)

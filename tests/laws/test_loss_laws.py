@@ -13,13 +13,17 @@ from torch.nn import functional as F
 from llmtune.errors import LawBroken
 from llmtune.losses.causal_lm import CausalLMLoss
 from llmtune.losses.classification import ClassificationLoss
+from llmtune.losses.confidence import ConfidencePenaltyLoss, confidence_penalty
 from llmtune.losses.contrastive import info_nce_loss, prototypical_loss, supervised_contrastive_loss
 from llmtune.losses.cross_entropy import linear_cross_entropy
 from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
+from llmtune.losses.features import FeatureDistillationLoss, feature_distillation_loss
+from llmtune.losses.focal import FocalLoss, focal_loss
 from llmtune.losses.masked_lm import MaskedLMLoss
 from llmtune.losses.preference import DPOLoss, dpo_loss
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
 from llmtune.losses.supervised_contrastive import SupervisedContrastiveLoss
+from llmtune.losses.top_k import top_k_kl_divergence, top_k_log_probabilities
 from llmtune.regularizers.rdrop import RDropLoss, r_drop_loss
 from llmtune.testing.losses import (
     check_loss,
@@ -59,11 +63,73 @@ def plain_through_head(z: Tensor, t: Tensor, **options: float) -> Tensor:
     return plain_cross_entropy(z @ MIX.T + SHIFT, t, **options)
 
 
-def plain_kl(z: Tensor, t: Tensor, *, temperature: float = 1.0, reverse: bool = False) -> Tensor:
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * torch.log(p / q)).sum(-1).mean()
+
+
+def plain_kl(z: Tensor, t: Tensor, *, temperature: float = 1.0, direction: str = "forward") -> Tensor:
     s = torch.softmax(z[t != -100] / temperature, -1)
     p = torch.softmax(TEACHER[t[t != -100]] / temperature, -1)
-    p, q = (s, p) if reverse else (p, s)
-    return temperature**2 * (p * torch.log(p / q)).sum(-1).mean()
+    m = (s + p) / 2
+    values = {
+        "forward": kl(p, s),
+        "reverse": kl(s, p),
+        "symmetric": (kl(p, s) + kl(s, p)) / 2,
+        "jensen-shannon": (kl(p, m) + kl(s, m)) / 2,
+    }
+    return temperature**2 * values[direction]
+
+
+def plain_top_k(z: Tensor, t: Tensor, *, k: int, temperature: float = 1.0, tail: bool = True) -> Tensor:
+    """Class by class: the top k, and all others added up; or the top k alone, both sides made to sum to 1."""
+    s = torch.softmax(z[t != -100] / temperature, -1)
+    p = torch.softmax(TEACHER[t[t != -100]] / temperature, -1)
+    order = p.argsort(-1, descending=True)
+    s, p = s.gather(-1, order), p.gather(-1, order)
+    if tail:
+        s, p = (torch.cat([x[:, :k], x[:, k:].sum(-1, keepdim=True)], -1) for x in (s, p))
+    else:
+        s, p = (x[:, :k] / x[:, :k].sum(-1, keepdim=True) for x in (s, p))
+    return temperature**2 * kl(p, s)
+
+
+def of_top_k(z: Tensor, t: Tensor, *, k: int, temperature: float = 1.0, **options: object) -> Tensor:
+    stored = top_k_log_probabilities(TEACHER[t.clamp(min=0)], k, temperature=temperature)
+    return top_k_kl_divergence(z, *stored, temperature=temperature, mask=t != -100, **options)
+
+
+def plain_focal(z: Tensor, t: Tensor, *, gamma: float, weights: Tensor | None = None) -> Tensor:
+    z, t = z[t != -100], t[t != -100]
+    p = (torch.exp(z) / torch.exp(z).sum(1, keepdim=True))[torch.arange(len(t)), t]
+    w = 1.0 if weights is None else weights[t]
+    return (-w * (1 - p) ** gamma * torch.log(p)).mean()
+
+
+def plain_entropy(z: Tensor) -> Tensor:
+    p = torch.exp(z) / torch.exp(z).sum(-1, keepdim=True)
+    return -(p * torch.log(p)).sum(-1)
+
+
+def plain_confident(z: Tensor, t: Tensor, *, threshold: float | None = None, **options: float) -> Tensor:
+    """0.3 times what confidence costs, and the cross-entropy."""
+    done = z * options.get("scale", 1.0)
+    if "cap" in options:
+        done = options["cap"] * torch.tanh(done / options["cap"])
+    entropy = plain_entropy(done[t != -100])
+    cost = -entropy if threshold is None else torch.relu(threshold - entropy)
+    return plain_cross_entropy(z, t, **options) + 0.3 * cost.mean()
+
+
+def plain_features(z: Tensor, t: Tensor, *, kind: str = "mse", projection: Tensor | None = None) -> Tensor:
+    s, wanted = z[t != -100], TEACHER[t[t != -100]]
+    s = s if projection is None else s @ projection.T
+    if kind == "mse":
+        return ((s - wanted) ** 2).mean()
+    return (1 - (s * wanted).sum(-1) / ((s**2).sum(-1) * (wanted**2).sum(-1)).sqrt()).mean()
+
+
+def of_features(z: Tensor, t: Tensor, **options: object) -> Tensor:
+    return feature_distillation_loss(z, TEACHER[t.clamp(min=0)], mask=t != -100, **options)
 
 
 def of_logits(z: Tensor, t: Tensor, **options: object) -> Tensor:
@@ -98,6 +164,18 @@ class RowsModel(nn.Module):
             logits = config.logit_scale * logits
             logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
         return SimpleNamespace(logits=logits)
+
+
+class TeacherOfRows(RowsModel):
+    """Its hidden states are a batch entry of their own, so that they do not move with the student's."""
+
+    def forward(self, rows: Tensor, teacher: Tensor) -> SimpleNamespace:
+        return super().forward(teacher)
+
+
+class StudentOfRows(RowsModel):
+    def forward(self, rows: Tensor, teacher: Tensor) -> SimpleNamespace:
+        return super().forward(rows)
 
 
 def of_batch(
@@ -245,6 +323,21 @@ CONFIG = SimpleNamespace(final_logit_softcapping=1.3, logit_scale=0.7)
 ALL = {**SMOOTH, "softcap": 1.3, "logit_scale": 0.7}
 PLAIN_ALL = {**PLAIN_SMOOTH, "cap": 1.3, "scale": 0.7}
 
+WEIGHTS = torch.linspace(0.5, 2.0, C, dtype=torch.float64)
+CONFIDENT = {"strength": 0.3}
+THRESHOLD = {"strength": 0.3, "threshold": 1.2}  # some rows of the laws' logits have more entropy, some less
+
+
+def distilled_features(z: Tensor, t: Tensor) -> Tensor:
+    loss = FeatureDistillationLoss(TeacherOfRows(), MaskedLMLoss(), strength=0.7)
+    batch = {"rows": z[None], "teacher": TEACHER[t.clamp(min=0)][None], "labels": t[None]}
+    return loss(StudentOfRows(), batch)[0]
+
+
+def plain_distilled(z: Tensor, t: Tensor) -> Tensor:
+    return plain_cross_entropy(z, t) + 0.7 * plain_features(z, t)
+
+
 LOSSES = {
     "linear_cross_entropy": (through_head, plain_through_head),
     "linear_cross_entropy, sum": (partial(through_head, reduction="sum"), plain_through_head),
@@ -268,14 +361,70 @@ LOSSES = {
     "kl_divergence, temperature": (partial(of_logits, temperature=2.5), partial(plain_kl, temperature=2.5)),
     "kl_divergence, reverse": (
         partial(of_logits, temperature=0.7, direction="reverse"),
-        partial(plain_kl, temperature=0.7, reverse=True),
+        partial(plain_kl, temperature=0.7, direction="reverse"),
     ),
     "linear_kl_divergence": (of_heads, plain_kl),
     "linear_kl_divergence, temperature": (partial(of_heads, temperature=2.5), partial(plain_kl, temperature=2.5)),
     "linear_kl_divergence, reverse": (
         partial(of_heads, temperature=0.7, direction="reverse"),
-        partial(plain_kl, temperature=0.7, reverse=True),
+        partial(plain_kl, temperature=0.7, direction="reverse"),
     ),
+    **{
+        f"{name}, {direction}": (
+            partial(loss, temperature=1.7, direction=direction),
+            partial(plain_kl, temperature=1.7, direction=direction),
+        )
+        for name, loss in (("kl_divergence", of_logits), ("linear_kl_divergence", of_heads))
+        for direction in ("symmetric", "jensen-shannon")
+    },
+    "top_k_kl_divergence": (partial(of_top_k, k=3), partial(plain_top_k, k=3)),
+    "top_k_kl_divergence, temperature": (
+        partial(of_top_k, k=2, temperature=2.5),
+        partial(plain_top_k, k=2, temperature=2.5),
+    ),
+    "top_k_kl_divergence, no tail": (partial(of_top_k, k=3, tail=False), partial(plain_top_k, k=3, tail=False)),
+    "top_k_kl_divergence, all": (partial(of_top_k, k=C, temperature=1.3), partial(plain_kl, temperature=1.3)),
+    "focal_loss": (focal_loss, partial(plain_focal, gamma=2.0)),
+    "focal_loss, gamma 0.5": (partial(focal_loss, gamma=0.5), partial(plain_focal, gamma=0.5)),
+    "focal_loss, class_weights": (
+        partial(focal_loss, gamma=1.5, class_weights=WEIGHTS),
+        partial(plain_focal, gamma=1.5, weights=WEIGHTS),
+    ),
+    "FocalLoss": (
+        partial(of_batch, FocalLoss(1.5, class_weights=tuple(WEIGHTS.tolist()))),
+        partial(plain_focal, gamma=1.5, weights=WEIGHTS),
+    ),
+    "confidence_penalty": (
+        lambda z, t: confidence_penalty(z, mask=t != -100),
+        lambda z, t: -plain_entropy(z[t != -100]).mean(),
+    ),
+    "ConfidencePenaltyLoss, causal": (
+        partial(of_batch, ConfidencePenaltyLoss(**CONFIDENT), shifted=True),
+        plain_confident,
+    ),
+    "ConfidencePenaltyLoss, causal, all options": (
+        partial(of_batch, ConfidencePenaltyLoss(CausalLMLoss(**SMOOTH), **THRESHOLD), shifted=True, config=CONFIG),
+        partial(plain_confident, threshold=1.2, **PLAIN_ALL),
+    ),
+    "ConfidencePenaltyLoss, masked": (
+        partial(of_batch, ConfidencePenaltyLoss(MaskedLMLoss(), **THRESHOLD)),
+        partial(plain_confident, threshold=1.2),
+    ),
+    "ConfidencePenaltyLoss, sequence to sequence": (
+        partial(of_batch, ConfidencePenaltyLoss(SequenceToSequenceLoss(), **CONFIDENT), config=CONFIG),
+        partial(plain_confident, cap=1.3, scale=0.7),
+    ),
+    "ConfidencePenaltyLoss, classes": (
+        partial(of_batch, ConfidencePenaltyLoss(ClassificationLoss(label_smoothing=0.3), **THRESHOLD)),
+        partial(plain_confident, threshold=1.2, e=0.3),
+    ),
+    "feature_distillation_loss": (of_features, plain_features),
+    "feature_distillation_loss, cosine": (partial(of_features, kind="cosine"), partial(plain_features, kind="cosine")),
+    "feature_distillation_loss, projection": (
+        partial(of_features, projection=lambda x: x @ MIX.T),
+        partial(plain_features, projection=MIX),
+    ),
+    "FeatureDistillationLoss": (distilled_features, plain_distilled),
     "CausalLMLoss": (partial(of_batch, CausalLMLoss(), shifted=True), plain_cross_entropy),
     "CausalLMLoss, all options": (
         partial(of_batch, CausalLMLoss(**SMOOTH), shifted=True, config=CONFIG),

@@ -209,9 +209,9 @@ def test_bad_input_is_named() -> None:
         linear_cross_entropy(hidden, weight, targets, reduction="max")
     with pytest.raises(ValueError, match=r"label_smoothing must be between 0 and 1; got 1\.5"):
         linear_cross_entropy(hidden, weight, targets, label_smoothing=1.5)
-    with pytest.raises(ValueError, match="z_loss must be 0 or more; got -1"):
+    with pytest.raises(ValueError, match="z_loss must be a finite number, 0 or more; got -1"):
         linear_cross_entropy(hidden, weight, targets, z_loss=-1)
-    with pytest.raises(ValueError, match="softcap must be larger than 0, or None; got 0"):
+    with pytest.raises(ValueError, match="softcap must be finite and larger than 0, or None; got 0"):
         linear_cross_entropy(hidden, weight, targets, softcap=0)
     with pytest.raises(ValueError, match="chunk_rows must be 1 or more; got 0"):
         linear_cross_entropy(hidden, weight, targets, chunk_rows=0)

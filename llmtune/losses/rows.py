@@ -1,0 +1,57 @@
+"""Which rows of a loss count, and how their losses become one number: what the losses of rows share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmtune.losses.cross_entropy import REDUCTIONS, Reduction
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError where the reduction is unknown."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+
+
+def rows_that_count(mask: Tensor | None, shape: torch.Size, reduction: Reduction) -> Tensor | None:
+    """Return the indices [n] of the rows, in one dimension, that the mask keeps; None where there is no mask.
+
+    Args:
+        mask: [...] booleans, True for the rows that count; or None.
+        shape: that of the rows, [...].
+        reduction: a mean needs at least one row.
+
+    Raises:
+        ValueError: the mask is no booleans of that shape, or leaves no row for a mean.
+    """
+    N = shape.numel()
+    rows = None
+    if mask is not None:
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be booleans {[*shape]}, one a row; got {mask.dtype} {[*mask.shape]}")
+        rows = mask.flatten().nonzero().squeeze(1)
+    if reduction == "mean" and (N if rows is None else len(rows)) == 0:
+        raise ValueError(f"the mean needs at least one row: the mask leaves none of {N}")
+    return rows
+
+
+def counted(given: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the rows [n, C] that count of a tensor [..., C]."""
+    flat = given.reshape(-1, given.shape[-1])
+    return flat if rows is None else flat.index_select(0, rows)
+
+
+def reduced(value: Tensor, rows: Tensor | None, shape: torch.Size, reduction: Reduction) -> Tensor:
+    """Return the mean or sum of the rows' losses, or all of them in their places.
+
+    Args:
+        value: [n] losses of the rows that count.
+        rows: [n] their indices, or None where all count.
+        shape: that of all rows, [...].
+        reduction: "mean", "sum", or "none": [...], with 0 where a row does not count.
+    """
+    if reduction == "none":
+        whole = value if rows is None else value.new_zeros(shape.numel()).index_copy(0, rows, value)
+        return whole.reshape(shape)
+    return value.mean() if reduction == "mean" else value.sum()
