@@ -8,8 +8,8 @@ from torch import nn
 
 from llmtune.adapters.attach import adapter_parameters, attach
 from llmtune.adapters.config import LoRA
+from llmtune.adapters.effective import anchor_of, effective_parameters
 from llmtune.errors import LawBroken
-from llmtune.forgetting.effective import anchor_of, effective_parameters
 from llmtune.forgetting.ewc import EWC
 from llmtune.testing.penalties import check_penalty
 from llmtune.testing.small import SmallModel, moved

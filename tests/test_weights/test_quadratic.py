@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from llmtune.forgetting import quadratic as module
-from llmtune.forgetting.quadratic import low_rank_quadratic, quadratic
 from llmtune.testing.close import assert_close
+from llmtune.weights import quadratic as module
+from llmtune.weights.quadratic import low_rank_quadratic, quadratic
 
 
 def draw(*shape, dtype=torch.float64, seed=0, grad=True):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmtune.forgetting.effective import EffectiveParameter
-from llmtune.forgetting.quadratic import Factors
+from llmtune.adapters.effective import EffectiveParameter
+from llmtune.weights.quadratic import Factors
 
 BLOCK = 2**20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
