@@ -120,7 +120,7 @@ class Anchor:
         elif not self.base.holds(parameter):
             raise ValueError(
                 f"{self.name} was frozen and stood for its own anchor, but has changed since (merged, or trained?): "
-                "undo that, or make a new EWC with the anchor as tensors"
+                "undo that, or make the penalty anew with the anchor as tensors"
             )
         if not parameter.requires_grad:
             return None
