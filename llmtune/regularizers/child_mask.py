@@ -31,7 +31,7 @@ def child_mask(fisher: Mapping[str, Tensor], p: float) -> dict[str, Tensor]:
         >>> child_mask({"a": torch.tensor([1.0, 5.0, 2.0]), "b": torch.tensor([3.0])}, 0.5)
         {'a': tensor([False,  True, False]), 'b': tensor([True])}
 
-    Xu et al. 2021, "Raise a child in large language model", section 3.2.
+    Xu et al. 2021, "Raise a child in large language model: towards effective and generalizable fine-tuning".
     """
     check_share(p)
     if not fisher:

@@ -61,8 +61,7 @@ class ChildTuning(Callback):
         >>> child.detach()
 
     Reference:
-        Xu et al. 2021, "Raise a child in large language model: towards effective and generalizable fine-tuning",
-        equations 2 to 7.
+        Xu et al. 2021, "Raise a child in large language model: towards effective and generalizable fine-tuning".
     """
 
     def __init__(

@@ -44,7 +44,7 @@ class DecoupledL2SP(Anchored):
     loop passes over pulls nothing. Weight decay of the same parameters pulls them to zero meanwhile: set it to 0.
 
     For parameters that are trained as they are; frozen ones are left out. A weight under an adapter has no tensor that
-    could be pulled, and is refused: there the optimizer's own weight_decay = strength / 2 on A and B does it, since that
+    could be pulled, and is refused: there the optimizer's own weight_decay = strength / 2 on A and B does it, as that
     takes B A to (1 - lr * strength / 2)^2 B A, and so W + s B A towards W.
 
     RecAdam (Chen et al. 2020) pulls after the update, with the moved theta, and not at all with
@@ -70,7 +70,7 @@ class DecoupledL2SP(Anchored):
         >>> pull.detach()
 
     Reference:
-        Li et al. 2018, equation 2, decoupled as in Loshchilov and Hutter 2019, "Decoupled weight decay regularization",
+        Li et al. 2018, section 3, decoupled as in Loshchilov and Hutter 2019, "Decoupled weight decay regularization",
         algorithm 2.
     """
 

@@ -55,8 +55,8 @@ class DeltaNorm:
         30.0
 
     Reference:
-        Li et al. 2018, "Explicit inductive bias for transfer learning with convolutional networks", equation 2, for the
-        change of Hu et al. 2021, "LoRA", equation 3.
+        Li et al. 2018, "Explicit inductive bias for transfer learning with convolutional networks", section 3, for the
+        change of Hu et al. 2021, "LoRA", section 4.1.
     """
 
     strength: float
@@ -92,17 +92,13 @@ def _factors(layer: AdapterLayer, name: str, kind: str) -> list[Factors]:
     """Return the factors of a layer's change, since its start where that was taken from the weight."""
     if isinstance(layer, LoRAParameter):
         return [(*expert_factors(layer.lora_a, layer.lora_b, layer.transposed), layer.scaling)]
-    if isinstance(layer, LowRankLayer) and layer.start_a is not None and layer.start_b is not None:
-        s = layer.scaling
-        now, then = (
-            (layer.lora_b, layer.lora_a, s),
-            (layer.start_b, layer.start_a, s),
-        )  # of the transpose the norm is the same
-        return difference([now], [then])
     factors = layer.low_rank()
     if factors is None:
         raise ValueError(
             f'adapter "{name}" ({kind}) has a {type(layer).__name__}, whose change is no product of low rank: '
             "DeltaNorm has no norm for it. Use L2SP, which takes any change of a weight"
         )
+    if isinstance(layer, LowRankLayer) and layer.start_a is not None and layer.start_b is not None:
+        now, then = (layer.lora_b, layer.lora_a), (layer.start_b, layer.start_a)  # or the transpose: the same norm
+        return difference([(*now, layer.scaling)], [(*then, layer.scaling)])
     return [factors]

@@ -57,7 +57,7 @@ class L2SP(Anchored):
         10.0
 
     Reference:
-        Li et al. 2018, "Explicit inductive bias for transfer learning with convolutional networks", equation 2.
+        Li et al. 2018, "Explicit inductive bias for transfer learning with convolutional networks", section 3.
     """
 
     def __init__(
