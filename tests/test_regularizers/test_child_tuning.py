@@ -312,7 +312,7 @@ def test_what_does_not_fit_raises():
         child.attach(model, optimizer)
     child.detach()
     with pytest.raises(
-        ValueError, match='fisher names "lm_heat.weight", which the model has not. Did you mean "lm_head'
+        ValueError, match=r'fisher names "lm_heat.weight", which the model has not. Did you mean "lm_head'
     ):
         ChildTuning(0.5, fisher={"lm_heat.weight": torch.ones(97, 28)}).attach(model, optimizer)
     with pytest.raises(ValueError, match=r"lm_head.weight is \[97, 28\] in the model and \[28, 97\] in fisher"):
@@ -322,9 +322,9 @@ def test_what_does_not_fit_raises():
         ValueError, match=r"embed_tokens.weight is frozen: a child network is of weights that are trained"
     ):
         child.attach(model, optimizer)
+    child = ChildTuning(0.5, fisher={"model.layers.0.self_attn.q_proj.weight": torch.rand(56, 28)})
     with pytest.raises(ValueError, match=r'q_proj.weight is changed by adapter "default": a child network is of'):
-        name = "model.layers.0.self_attn.q_proj.weight"
-        ChildTuning(0.5, fisher={name: torch.ones(56, 28)}).attach(model, optimizer)
+        child.attach(model, optimizer)
 
 
 def test_state_tells_one_from_another_and_survives_json():
@@ -333,11 +333,11 @@ def test_state_tells_one_from_another_and_survives_json():
     state = json.loads(json.dumps(ChildTuning(0.5, fisher=fisher).state_dict()))
     ChildTuning(0.5, fisher=fisher).load_state_dict(state)
     ChildTuning(0.5).load_state_dict(ChildTuning(0.5).state_dict())
-    with pytest.raises(CheckpointError, match="the saved ChildTuning had p=0.5; this one has 0.4"):
+    with pytest.raises(CheckpointError, match=r"the saved ChildTuning had p=0.5; this one has 0.4"):
         ChildTuning(0.4, fisher=fisher).load_state_dict(state)
     with pytest.raises(CheckpointError, match="had of='update'; this one has 'gradient'"):
         ChildTuning(0.5, of="gradient").load_state_dict(state)
-    with pytest.raises(CheckpointError, match="the saved ChildTuning had another child network in first.weight"):
+    with pytest.raises(CheckpointError, match=r"the saved ChildTuning had another child network in first.weight"):
         ChildTuning(0.5, fisher=rising(moved(model)) | {"first.weight": torch.ones(5, 5)}).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="the saved ChildTuning had another child network in first.weight"):
+    with pytest.raises(CheckpointError, match=r"the saved ChildTuning had another child network in first.weight"):
         ChildTuning(0.5).load_state_dict(state)

@@ -193,10 +193,10 @@ def test_state_tells_one_from_another_and_survives_json():
     model = SmallModel()
     state = json.loads(json.dumps(DecoupledL2SP(model, 2.0).state_dict()))
     DecoupledL2SP(model, 2.0).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="the saved DecoupledL2SP had strength 2.0; this one has 1.0"):
+    with pytest.raises(CheckpointError, match=r"the saved DecoupledL2SP had strength 2.0; this one has 1.0"):
         DecoupledL2SP(model, 1.0).load_state_dict(state)
     moved(model)
-    with pytest.raises(CheckpointError, match="the saved DecoupledL2SP had another anchor of first.weight"):
+    with pytest.raises(CheckpointError, match=r"the saved DecoupledL2SP had another anchor of first.weight"):
         DecoupledL2SP(model, 2.0).load_state_dict(state)
 
 

@@ -124,7 +124,7 @@ def test_cross_terms_of_two_adapters_are_exact():
     for name in ("one", "two"):
         attach(model, LoRA(rank=2, alpha=4, targets=["o_proj"]), name=name)
     model.requires_grad_(False)
-    penalty = L2SP({n: p for n, p in anchor_of(model, lambda n: "o_proj" in n).items()}, 1.0)
+    penalty = L2SP(anchor_of(model, lambda n: "o_proj" in n), 1.0)
     first, second = ([m for m in model.modules() if getattr(m, "adapter_name", "") == name] for name in ("one", "two"))
     for one, two in zip(first, second, strict=True):
         with torch.no_grad():
@@ -321,7 +321,7 @@ def test_bad_arguments(arguments, error, message):
 
 
 def test_bad_knobs_for_what_is_new():
-    with pytest.raises(ValueError, match="new_strength must be a finite number, 0 or more; got -2.0"):
+    with pytest.raises(ValueError, match=r"new_strength must be a finite number, 0 or more; got -2.0"):
         L2SP(A, 1.0, new_strength=-2.0)
     with pytest.raises(
         TypeError, match="new must be a list of names or a function of a name; got the one string 'bias'"
@@ -337,7 +337,7 @@ def test_bad_knobs_for_what_is_new():
 
 
 def test_another_model():
-    with pytest.raises(ValueError, match='the anchor names "bais", which the model has not. Did you mean "bias"'):
+    with pytest.raises(ValueError, match=r'the anchor names "bais", which the model has not. Did you mean "bias"'):
         L2SP({"bais": torch.zeros(3)}, 1.0)(nn.Linear(2, 3))
     with pytest.raises(
         ValueError, match=r"weight is \[5, 2\] in the model and \[3, 2\] in the anchor: another model's"
