@@ -70,14 +70,32 @@ def _norm_of_stack(group: Sequence[Sequence[Factors]]) -> Tensor:
     lefts = [torch.stack([factors[k][0] for factors in group]).to(wide) for k in range(len(scalings))]
     rights = [torch.stack([factors[k][1] for factors in group]).to(wide) for k in range(len(scalings))]
     if len(scalings) == 1:
-        return scalings[0] ** 2 * _gram_product(lefts[0], rights[0])
+        alone: Tensor = _GramProduct.apply(lefts[0], rights[0])[0]
+        return scalings[0] ** 2 * alone
     scaled = [right * s for right, s in zip(rights, scalings, strict=True)]
-    return _gram_product(torch.cat(lefts, dim=-1), torch.cat(scaled, dim=-2))
+    value: Tensor = _GramProduct.apply(torch.cat(lefts, dim=-1), torch.cat(scaled, dim=-2))[0]
+    return value
 
 
-def _gram_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the sum of tr[(L^T L) (R R^T)] over the leading dimensions of left [..., rows, r] and right."""
-    return ((left.mT @ left) * (right @ right.mT)).sum()
+class _GramProduct(torch.autograd.Function):
+    """(sum of tr[(L^T L) (R R^T)], L^T L, R R^T): the gradients are 2 L (R R^T) and 2 (L^T L) R, of the same two."""
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gram_left, gram_right = left.mT @ left, right @ right.mT
+        return (gram_left * gram_right).sum(), gram_left, gram_right
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        left, right, gram_left, gram_right = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for
+            gram_left, gram_right = left.mT @ left, right @ right.mT
+        return left @ (2 * grad * gram_right), (2 * grad * gram_left) @ right
 
 
 def _shape(factors: Factors) -> tuple[Any, ...]:
