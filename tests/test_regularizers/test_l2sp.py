@@ -179,6 +179,26 @@ def test_an_anchor_with_an_adapter_in_it():
     assert_close(penalty(model).detach(), formula(model, anchor, 2.0), rtol=1e-4)
 
 
+def test_an_anchor_with_an_adapter_in_it_whose_weight_is_trained_later():
+    model = adapted(trained=True)
+    anchor, penalty = anchor_of(model), L2SP(model, 2.0)
+    for name in anchor:
+        effective_parameters(model)[name].parameter.requires_grad_(True)
+    assert penalty(model).item() < 1e-11  # W is in the sum now, and rounds it
+    moved(model)
+    assert_close(penalty(model).detach(), formula(model, anchor, 2.0), rtol=1e-4)
+
+
+def test_an_anchor_with_an_adapter_in_it_beside_one_that_is_not_of_low_rank():
+    model = adapted(config=IA3(targets=["k_proj"]), trained=True)
+    attach(model, LoRA(rank=3, alpha=5, targets=["k_proj"]), name="second")
+    moved(model)
+    with active(model, "second"):
+        anchor, penalty = anchor_of(model), L2SP(model, 2.0)
+    moved(model, seed=8)
+    assert_close(penalty(model).detach(), formula(model, anchor, 2.0), rtol=1e-4)
+
+
 def test_the_anchor_of_an_earlier_model_under_a_later_adapter():
     """The frozen weight is not its own anchor here: the dense path."""
     model = tiny_llama()
@@ -228,6 +248,13 @@ def test_new_parameters_are_pulled_to_zero():
     with torch.no_grad():
         model.classifier.weight += 1.0
     assert free(model).item() == 0.0
+
+
+def test_what_is_frozen_is_not_new():
+    model = nn.ModuleDict({"held": nn.Linear(2, 3), "frozen": nn.Linear(2, 3), "new": nn.Linear(3, 2, bias=False)})
+    model["frozen"].requires_grad_(False)
+    penalty = L2SP({name: p for name, p in model.named_parameters() if "held" in name}, 1.0, new_strength=2.0)
+    assert_close(penalty(model).detach(), model["new"].weight.detach().square().sum(), rtol=1e-6)
 
 
 def test_new_parameters_under_an_adapter_are_its_copies():
