@@ -47,7 +47,7 @@ def changed_experts(
     >>> changed_experts(weight, a, b, 2.0).unique()
     tensor([2.])
     """
-    left, right = _factors(lora_a, lora_b, transposed)
+    left, right = expert_factors(lora_a, lora_b, transposed)
     wide = torch.promote_types(weight.dtype, torch.promote_types(lora_a.dtype, torch.float32))
     with no_autocast(weight.device):  # which would round the weight to its dtype
         if isinstance(scaling, Tensor):
@@ -57,7 +57,7 @@ def changed_experts(
     return changed.to(weight.dtype)
 
 
-def _factors(lora_a: Tensor, lora_b: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+def expert_factors(lora_a: Tensor, lora_b: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """Return views (left [E, rows, r], right [E, r, columns]) with the change of W as their product."""
     return (lora_a.mT, lora_b.permute(2, 1, 0)) if transposed else (lora_b.permute(2, 0, 1), lora_a)
 
@@ -161,7 +161,7 @@ class LoRAParameter(ScaledLayer):
 
     def deltas(self) -> dict[str, Tensor]:
         """Return scaling * B A of the parameter's shape, by its local name; see `AdapterLayer`."""
-        left, right = _factors(self.lora_a, self.lora_b, self.transposed)
+        left, right = expert_factors(self.lora_a, self.lora_b, self.transposed)
         wide = torch.promote_types(left.dtype, torch.float32)
         change = self.scaling * (left.to(wide) @ right.to(wide))
         return {self.parameter: change.view(self._weight().shape)}

@@ -1,7 +1,7 @@
 """Parts against forgetting: Fisher information, elastic weight consolidation, distillation from the base model."""
 
+from llmtune.adapters.effective import anchor_of
 from llmtune.forgetting.distillation import DistillToBase
-from llmtune.forgetting.effective import anchor_of
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import diagonal_fisher
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.adapters.anchor import Anchor, fingerprint
+from llmtune.adapters.effective import EffectiveParameter, choose_parameters, effective_parameters
 from llmtune.errors import CheckpointError, did_you_mean
-from llmtune.forgetting.anchor import Anchor, fingerprint
-from llmtune.forgetting.effective import EffectiveParameter, choose_parameters, effective_parameters
-from llmtune.forgetting.quadratic import low_rank_quadratic, quadratic
 from llmtune.modules import unwrap
 from llmtune.types import Callback
+from llmtune.weights.quadratic import low_rank_quadratic, quadratic
 
 
 class EWC(Callback):

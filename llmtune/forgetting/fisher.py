@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from llmtune.forgetting.effective import choose_parameters, differentiable
+from llmtune.adapters.effective import choose_parameters, differentiable
 from llmtune.forgetting.likelihood import INPUTS, Kind, Unit, has_head, has_target, head_of, passes, predict
 from llmtune.gradients.examples import split_examples
 from llmtune.gradients.hooks import HookTape

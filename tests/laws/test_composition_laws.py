@@ -26,8 +26,15 @@ from llmtune.adapters.layer import bare_named_parameters
 from llmtune.data import collate_packed, collate_padded
 from llmtune.forgetting import EWC, DistillToBase
 from llmtune.losses import CausalLMLoss, causal_lm_loss
+from llmtune.regularizers import L2SP, DeltaNorm
 from llmtune.testing import tiny_gpt2, tiny_llama, uneven_rows
 from llmtune.training import LoopSettings, TrainingLoop
+
+
+def ewc(model):
+    names = [name for name, _ in bare_named_parameters(model) if "q_proj" in name or "c_attn.weight" in name]
+    return EWC({name: torch.full_like(p, 0.1) for name, p in bare_named_parameters(model) if name in names}, model, 1.0)
+
 
 AXES = {
     "model": {"llama": tiny_llama, "gpt2": partial(tiny_gpt2, dropout=0.1)},
@@ -53,16 +60,20 @@ AXES = {
         "smoothed": CausalLMLoss(label_smoothing=0.1, z_loss=1e-3),
         "distilled": DistillToBase(strength=0.5, temperature=2.0),
     },
-    "penalty": {"none": False, "ewc": True},
+    "penalty": {"none": None, "ewc": ewc, "l2sp": partial(L2SP, strength=1.0), "delta norm": lambda _: DeltaNorm(1.0)},
     "precision": {"float32": "float32", "bf16": "bf16"},
     "execution": {"eager": None, "aot_eager": "aot_eager"},
     "batch": {"padded": collate_padded, "packed": collate_packed},
 }
 
-# What cannot be, and says so: EWC is on weights, and virtual tokens stand before one text.
+# What cannot be, and says so: these penalties are on weights, and virtual tokens stand before one text.
+NO_WEIGHT = ("bottleneck", "reft", "prefix", "prompt")
 REFUSED = {
     **{(adapter, "penalty", "ewc"): "reaches no parameter that is trained"
-       for adapter in ("norms", "bottleneck", "reft", "prefix", "prompt")},
+       for adapter in ("norms", *NO_WEIGHT)},
+    **{(adapter, "penalty", "l2sp"): "none of the model's" for adapter in NO_WEIGHT},
+    **{(adapter, "penalty", "delta norm"): "no weight by a product of low rank|no product of low rank"
+       for adapter in ("dora", "ia3", "norms", *NO_WEIGHT)},
     **{(adapter, "batch", "packed"): "packed" for adapter in ("prefix", "prompt")},
 }  # fmt: skip
 
@@ -109,33 +120,23 @@ def train_together(cell):
     model = chosen["model"]()
     attach(model, chosen["adapter"])
     frozen = {name: p.detach().clone() for name, p in bare_named_parameters(model)}
-    penalties = []
-    if chosen["penalty"]:
-        penalties = [
-            EWC(
-                {
-                    name: torch.full_like(p, 0.1)
-                    for name, p in frozen.items()
-                    if "q_proj" in name or "c_attn.weight" in name
-                },
-                model,
-                1.0,
-            )
-        ]
     run = torch.compile(model, backend=chosen["execution"]) if chosen["execution"] else model
     settings = LoopSettings(max_steps=3, rows_per_step=4, rows_per_micro_batch=2, learning_rate=1e-2,
                             precision=chosen["precision"], progress=False)  # fmt: skip
-    loop = TrainingLoop(
-        run, uneven_rows(), settings=settings, collate=chosen["batch"], loss=chosen["loss"], penalties=penalties
-    )
     before = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+
+    def fit():
+        penalties = [chosen["penalty"](model)] if chosen["penalty"] else []
+        how = {"collate": chosen["batch"], "loss": chosen["loss"], "penalties": penalties}
+        return TrainingLoop(run, uneven_rows(), settings=settings, **how).fit()
+
     keys = [(cell["adapter"], axis, value) for axis, value in cell.items()]
     refused = [REFUSED[key] for key in keys if key in REFUSED]
     if refused:
         with pytest.raises(ValueError, match="|".join(refused)):
-            loop.fit()
+            fit()
         return
-    history = loop.fit()
+    history = fit()
     assert all(math.isfinite(row["loss"]) for row in history)
     for name, parameter in bare_named_parameters(model):
         assert torch.equal(parameter, frozen[name]), f"the base weight {name} has changed"

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from llmtune.adapters.attach import adapter_parameters, attach
+from llmtune.adapters.attach import adapter_layers, adapter_names, adapter_parameters, attach
 from llmtune.adapters.config import LoRA
+from llmtune.adapters.effective import anchor_of, effective_parameters
 from llmtune.errors import LawBroken
-from llmtune.forgetting.effective import anchor_of, effective_parameters
 from llmtune.forgetting.ewc import EWC
+from llmtune.regularizers.delta_norm import DeltaNorm
+from llmtune.regularizers.l2sp import L2SP
 from llmtune.testing.penalties import check_penalty
 from llmtune.testing.small import SmallModel, moved
 
@@ -47,6 +49,33 @@ def two_adapters():
     return model
 
 
+def l2sp(model, *, strength=3.0, from_tensors=False):
+    return L2SP(anchor_of(model) if from_tensors else model, strength)
+
+
+def l2sp_formula(model, anchor, *, strength=3.0):
+    now, then = anchor_of(model), anchor_of(anchor)
+    return strength / 2 * sum((now[n] - value).square().sum() for n, value in then.items())
+
+
+def all_low_rank(*, adapters=1):
+    """Return a model on which nothing is trained but low-rank changes from B = 0, all of the last adapter."""
+    model = adapted()
+    for number in range(1, adapters):
+        moved(model, seed=number)
+        attach(model, LoRA(rank=3, alpha=2, targets=["head"], dtype=torch.float64), name=f"task_{number}")
+    return model
+
+
+def delta_norm(model, *, strength=3.0):
+    return DeltaNorm(strength, name=adapter_names(model)[-1])
+
+
+def delta_norm_formula(model, anchor, *, strength=3.0):
+    (layer,) = adapter_layers(model, adapter_names(model)[-1])
+    return strength / 2 * (layer.scaling * layer.lora_b @ layer.lora_a).square().sum()
+
+
 def user_penalty(model):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     return lambda m: sum((p - start[name]).square().sum() for name, p in m.named_parameters())
@@ -67,6 +96,8 @@ MODELS = {
 PENALTIES = {
     "EWC from the model": (ewc, ewc_formula),
     "EWC from tensors": (partial(ewc, from_tensors=True), ewc_formula),
+    "L2SP from the model": (l2sp, l2sp_formula),
+    "L2SP from tensors": (partial(l2sp, from_tensors=True), l2sp_formula),
     "a user's": (user_penalty, user_formula),
 }
 
@@ -76,6 +107,12 @@ PENALTIES = {
 def test_penalties_keep_the_laws(penalty, model):
     make, closed_form = PENALTIES[penalty]
     check_penalty(make, model=MODELS[model](), closed_form=closed_form)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_the_delta_norm_keeps_the_laws(adapters):
+    """Its anchor is no change at all, so it is made for models whose adapter is at its start."""
+    check_penalty(delta_norm, model=all_low_rank(adapters=adapters), closed_form=delta_norm_formula)
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------

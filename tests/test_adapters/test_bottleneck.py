@@ -27,7 +27,7 @@ from llmtune.adapters import (
 )
 from llmtune.adapters.attach import record_of
 from llmtune.adapters.bottleneck import FeedForwardInput
-from llmtune.forgetting.effective import choose_parameters, differentiable
+from llmtune.adapters.effective import choose_parameters, differentiable
 from llmtune.layers import FeedForward, MultiHeadAttention, TransformerBlock
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 

@@ -24,8 +24,8 @@ from llmtune.adapters import (
     save,
     unmerge,
 )
+from llmtune.adapters.effective import anchor_of
 from llmtune.forgetting import EWC, diagonal_fisher
-from llmtune.forgetting.effective import anchor_of
 from llmtune.losses import causal_lm_loss, masked_lm_loss, sequence_to_sequence_loss
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 

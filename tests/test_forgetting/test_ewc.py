@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from llmtune.adapters.anchor import Pin, fingerprint
 from llmtune.adapters.attach import active, attach, detach, disabled
 from llmtune.adapters.config import LoRA
+from llmtune.adapters.effective import anchor_of, effective_parameters
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.data.collate import collate_padded
 from llmtune.errors import CheckpointError
-from llmtune.forgetting.anchor import Pin, fingerprint
-from llmtune.forgetting.effective import anchor_of, effective_parameters
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import diagonal_fisher
 from llmtune.testing.close import assert_close

@@ -1,4 +1,4 @@
-"""1/2 sum F (theta - anchor)^2, without keeping a tensor of theta's size for the backward pass."""
+"""1/2 sum F (theta - anchor)^2, with F = 1 or not, without keeping a tensor of theta's size for the backward pass."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Factors = tuple[Tensor, Tensor, float]
 """(left [rows, r], right [r, columns], scaling): scaling * left @ right."""
 
 
-def quadratic(theta: Tensor, fisher: Tensor, anchor: Tensor) -> Tensor:
+def quadratic(theta: Tensor, fisher: Tensor | None, anchor: Tensor) -> Tensor:
     """Return 1/2 sum fisher * (theta - anchor)^2, a scalar in at least float32.
 
     Args:
         theta: any shape; gets the gradient fisher * (theta - anchor).
-        fisher: the same shape.
-        anchor: the same shape.
+        fisher: the same shape; None for 1 everywhere.
+        anchor: the same shape as theta.
     """
     value: Tensor = _Quadratic.apply(theta, fisher, anchor)
     return value
 
 
 def low_rank_quadratic(
-    factors: Sequence[Factors], fisher: Tensor, *, weight: Tensor | None = None, anchor: Tensor | None = None
+    factors: Sequence[Factors], fisher: Tensor | None, *, weight: Tensor | None = None, anchor: Tensor | None = None
 ) -> Tensor:
     """Return 1/2 sum fisher * (weight - anchor + sum of scaling * left @ right)^2, a scalar in at least float32.
 
@@ -37,7 +37,7 @@ def low_rank_quadratic(
 
     Args:
         factors: at least one (left [rows, r], right [r, columns], scaling).
-        fisher: [rows, columns].
+        fisher: [rows, columns]; None for 1 everywhere.
         weight: [rows, columns]; left out together with `anchor` where the two are equal and stay so.
         anchor: [rows, columns].
     """
@@ -56,12 +56,14 @@ def _wide(*tensors: Tensor | None) -> torch.dtype:
 
 class _Quadratic(torch.autograd.Function):
     @staticmethod
-    def forward(theta: Tensor, fisher: Tensor, anchor: Tensor) -> Tensor:
+    def forward(theta: Tensor, fisher: Tensor | None, anchor: Tensor) -> Tensor:
         dtype = _wide(theta, anchor)
-        parts = [
-            torch.dot(f.to(dtype), (t.to(dtype) - a.to(dtype)).square())
-            for t, f, a in zip(*(x.reshape(-1).split(CHUNK) for x in (theta, fisher, anchor)), strict=True)
-        ]
+        thetas, anchors = (x.reshape(-1).split(CHUNK) for x in (theta, anchor))
+        fishers = [None] * len(thetas) if fisher is None else fisher.reshape(-1).split(CHUNK)
+        parts = []
+        for t, f, a in zip(thetas, fishers, anchors, strict=True):
+            e = t.to(dtype) - a.to(dtype)
+            parts.append(torch.dot(e, e) if f is None else torch.dot(f.to(dtype), e.square()))
         return 0.5 * torch.stack(parts).sum() if parts else theta.new_zeros((), dtype=dtype)
 
     @staticmethod
@@ -72,7 +74,8 @@ class _Quadratic(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         theta, fisher, anchor = ctx.saved_tensors
         dtype = _wide(theta, anchor)
-        return (grad * fisher.to(dtype) * (theta.to(dtype) - anchor.to(dtype))).to(theta.dtype), None, None
+        scale = grad if fisher is None else grad * fisher.to(dtype)
+        return (scale * (theta.to(dtype) - anchor.to(dtype))).to(theta.dtype), None, None
 
 
 class _LowRankQuadratic(torch.autograd.Function):
@@ -80,7 +83,7 @@ class _LowRankQuadratic(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        fisher: Tensor,
+        fisher: Tensor | None,
         anchor: Tensor | None,
         scalings: tuple[float, ...],
         wanted: tuple[bool, ...],
@@ -92,7 +95,7 @@ class _LowRankQuadratic(torch.autograd.Function):
         lefts, rights = wide[::2], wide[1::2]
         pairs = zip((weight, *flat), wanted, strict=True)
         grads = [torch.zeros_like(t, dtype=dtype) if want and t is not None else None for t, want in pairs]
-        rows, columns = fisher.shape
+        rows, columns = lefts[0].shape[0], rights[0].shape[1]
         step = max(1, CHUNK // max(1, columns))
         values = []
         for start in range(0, rows, step):
@@ -103,7 +106,7 @@ class _LowRankQuadratic(torch.autograd.Function):
                 e += product  # one by one, so that what the anchor was made of cancels exactly
             if anchor is not None:
                 e -= anchor[here].to(dtype)
-            fe = fisher[here].to(dtype) * e
+            fe = e if fisher is None else fisher[here].to(dtype) * e
             values.append(torch.dot(fe.flatten(), e.flatten()))
             if (d_weight := grads[0]) is not None:
                 d_weight[here] = fe
@@ -140,7 +143,11 @@ class _LowRankQuadratic(torch.autograd.Function):
 
 
 def _plain_gradients(
-    fisher: Tensor, anchor: Tensor | None, scalings: tuple[float, ...], tensors: list[Any], needs: tuple[bool, ...]
+    fisher: Tensor | None,
+    anchor: Tensor | None,
+    scalings: tuple[float, ...],
+    tensors: list[Any],
+    needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """Return the gradients of weight and factors as functions of them, so that they can be differentiated again."""
     weight, *flat = tensors
@@ -152,7 +159,7 @@ def _plain_gradients(
         e = e + weight.to(dtype)
     if anchor is not None:
         e = e - anchor.to(dtype)
-    value = 0.5 * (fisher.to(dtype) * e * e).sum()
+    value = 0.5 * (e * e if fisher is None else fisher.to(dtype) * e * e).sum()
     inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(value, inputs, create_graph=True))
     return [next(found) if need else None for need in needs]

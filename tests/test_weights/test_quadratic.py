@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from llmtune.forgetting import quadratic as module
-from llmtune.forgetting.quadratic import low_rank_quadratic, quadratic
 from llmtune.testing.close import assert_close
+from llmtune.weights import quadratic as module
+from llmtune.weights.quadratic import low_rank_quadratic, quadratic
 
 
 def draw(*shape, dtype=torch.float64, seed=0, grad=True):
@@ -39,6 +39,26 @@ def test_low_rank_equals_the_plain_formula(adapters, dense, chunk, monkeypatch):
     assert_close(value, expected, rtol=1e-12)
     for got, want in zip(gradients(value, factors, weight), gradients(expected, factors, weight), strict=True):
         assert_close(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("chunk", [2**18, 20])
+def test_without_a_fisher_it_is_one_everywhere(dense, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    factors, _, weight, anchor = inputs((3, 2), dense=dense)
+    value = low_rank_quadratic(factors, None, weight=weight, anchor=anchor)
+    expected = plain(factors, 1.0, weight, anchor)
+    assert_close(value, expected, rtol=1e-12)
+    for got, want in zip(gradients(value, factors, weight), gradients(expected, factors, weight), strict=True):
+        assert_close(got, want, rtol=1e-12)
+    (left, right, s), other = factors
+    assert torch.autograd.gradgradcheck(lambda a, b: low_rank_quadratic([(a, b, s), other], None), (left, right))
+    if dense:
+        assert_close(quadratic(weight, None, anchor), 0.5 * (weight - anchor).square().sum(), rtol=1e-12)
+        assert_close(
+            torch.autograd.grad(quadratic(weight, None, anchor), weight)[0], weight.detach() - anchor, rtol=1e-12
+        )
+        assert torch.autograd.gradgradcheck(lambda t: quadratic(t, None, anchor), (weight,))
 
 
 def test_only_what_asks_gets_a_gradient():

@@ -4,11 +4,11 @@ from torch import nn
 
 from llmtune.adapters.attach import attach
 from llmtune.adapters.config import LoRA
+from llmtune.adapters.effective import anchor_of, choose_parameters, effective_parameters
 from llmtune.adapters.layer import bare_named_parameters
 from llmtune.adapters.lora import LoRALinear
 from llmtune.adapters.merge import merge, unmerge
 from llmtune.adapters.trained_copy import TrainedCopy
-from llmtune.forgetting.effective import anchor_of, choose_parameters, effective_parameters
 from llmtune.testing.close import assert_close
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama
 from llmtune.testing.small import SmallModel, moved

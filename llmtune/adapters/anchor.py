@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmtune.forgetting.effective import EffectiveParameter
-from llmtune.forgetting.quadratic import Factors
+from llmtune.adapters.effective import EffectiveParameter
+from llmtune.weights.quadratic import Factors
 
 BLOCK = 2**20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -120,7 +120,7 @@ class Anchor:
         elif not self.base.holds(parameter):
             raise ValueError(
                 f"{self.name} was frozen and stood for its own anchor, but has changed since (merged, or trained?): "
-                "undo that, or make a new EWC with the anchor as tensors"
+                "undo that, or make the penalty anew with the anchor as tensors"
             )
         if not parameter.requires_grad:
             return None
