@@ -2,13 +2,11 @@
 
 from llmtune.losses.causal_lm import CausalLMLoss, causal_lm_loss
 from llmtune.losses.classification import ClassificationLoss, classification_loss
+from llmtune.losses.confidence import ConfidencePenaltyLoss, confidence_penalty
 from llmtune.losses.contrastive import info_nce_loss, prototypical_loss, supervised_contrastive_loss
 from llmtune.losses.cross_entropy import linear_cross_entropy
 from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
 from llmtune.losses.embedding import sentence_embeddings
-from llmtune.losses.confidence import ConfidencePenaltyLoss, confidence_penalty
-from llmtune.losses.cross_entropy import linear_cross_entropy
-from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
 from llmtune.losses.features import FeatureDistillationLoss, feature_distillation_loss
 from llmtune.losses.focal import FocalLoss, focal_loss
 from llmtune.losses.head import Head, hidden_before_head, model_inputs
@@ -24,8 +22,8 @@ from llmtune.losses.top_k import top_k_kl_divergence, top_k_log_probabilities
 __all__ = [
     "CausalLMLoss",
     "ClassificationLoss",
-    "DPOLoss",
     "ConfidencePenaltyLoss",
+    "DPOLoss",
     "FeatureDistillationLoss",
     "FocalLoss",
     "Head",

@@ -8,19 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-<<<<<<< HEAD
-from llmtune.losses.chunked import at_least_float32, default_chunk_rows
-from llmtune.losses.cross_entropy import (
-    REDUCTIONS,
-    CrossEntropy,
-    Reduction,
-    labelled_rows,
-    linear_cross_entropy,
-)
-=======
 from llmtune.losses.chunked import RowLoss, at_least_float32, default_chunk_rows, linear_row_loss
-from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows
->>>>>>> h-divergence
+from llmtune.losses.cross_entropy import REDUCTIONS, CrossEntropy, Reduction, labelled_rows
 from llmtune.losses.head import Head
 from llmtune.modules import unwrap
 from llmtune.types import Batch
@@ -63,56 +52,56 @@ def head_cross_entropy(
     Raises:
         ValueError: a label or an option is out of range, or no position carries a label and the mean is asked for.
     """
-<<<<<<< HEAD
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
-=======
-    return head_loss(hidden, head, targets, CrossEntropy(label_smoothing, z_loss))
+    return head_loss(hidden, head, targets, CrossEntropy(label_smoothing, z_loss), reduction=reduction)
 
 
-def head_loss(hidden: Tensor, head: Head, targets: Tensor, loss: TargetLoss) -> Tensor:
-    """Return the mean of a loss of the head's logits over the positions that carry a label; see `head_cross_entropy`.
+def head_loss(
+    hidden: Tensor, head: Head, targets: Tensor, loss: TargetLoss, *, reduction: Reduction = "mean"
+) -> Tensor:
+    """Return a loss of the head's logits at the positions that carry a label; see `head_cross_entropy`.
 
     Args:
         hidden: [..., E], what enters the head.
         head: from `hidden_before_head`.
         targets: [...] integers, the class of each position, -100 where there is none.
         loss: of a row of logits and its target.
+        reduction: "mean" over the positions with a label, "sum", or "none": [...], with 0 where there is no label.
 
     Returns:
-        A scalar, in at least float32.
+        A scalar, or [...] for "none", in at least float32.
 
     Raises:
-        ValueError: no position carries a label, or a label is out of range.
+        ValueError: a label is out of range, or no position carries a label and the mean is asked for.
     """
->>>>>>> h-divergence
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"the model's head is given hidden states {[*hidden.shape]}, which do not match the targets "
             f"{[*targets.shape]}: this model cannot be trained with labels of that shape"
         )
     rows, wanted = hidden.flatten(0, -2), targets.flatten()
-<<<<<<< HEAD
-    plain = head.linear()
-    if plain is not None:
-        weight, bias = plain
-        value = linear_cross_entropy(
-            rows, weight, wanted, bias=bias, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=head.softcap, logit_scale=head.logit_scale, reduction=reduction,
-        )  # fmt: skip
-        return value.reshape(targets.shape) if reduction == "none" else value
-    loss = CrossEntropy(label_smoothing, z_loss)
-=======
->>>>>>> h-divergence
     labelled = labelled_rows(wanted, head.classes)
     if labelled is not None:
         rows, wanted = rows.index_select(0, labelled), wanted.index_select(0, labelled)
     if len(wanted) == 0 and reduction == "mean":
         raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (labels all -100)")
-    plain = head.linear()
+    plain, factor = head.linear(), 1 / len(wanted) if reduction == "mean" else 1.0
     if plain is not None:
         loss = loss.after_head(head.softcap, head.logit_scale)
-        return linear_row_loss(rows, *plain, loss, (wanted,), factor=1 / len(wanted))
+        losses = linear_row_loss(rows, *plain, loss, (wanted,), per_row=reduction == "none", factor=factor)
+    else:
+        losses = _losses_in_chunks(rows, head, wanted, loss)
+        losses = losses if reduction == "none" else losses.sum() * factor
+    if reduction != "none":
+        return losses
+    if labelled is not None:
+        losses = losses.new_zeros(targets.numel()).index_copy(0, labelled, losses)
+    return losses.reshape(targets.shape)
+
+
+def _losses_in_chunks(rows: Tensor, head: Head, targets: Tensor, loss: TargetLoss) -> Tensor:
+    """Return the losses [N], the head called as it stands and once more in the backward pass, a few rows at a time."""
 
     def chunk_loss(h: Tensor, t: Tensor) -> Tensor:
         return loss.plain(at_least_float32(head.logits(h)), (t,))
@@ -120,14 +109,9 @@ def head_loss(hidden: Tensor, head: Head, targets: Tensor, loss: TargetLoss) -> 
     size = default_chunk_rows(rows.new_empty(head.classes, 0), buffers=loss.buffers + 3)  # and what autograd keeps
     parts = [
         checkpoint(chunk_loss, h, t, use_reentrant=False)
-        for h, t in zip(rows.split(size), wanted.split(size), strict=True)
+        for h, t in zip(rows.split(size), targets.split(size), strict=True)
     ]
-    losses = torch.cat(parts)
-    if reduction != "none":
-        return losses.sum() / (len(wanted) if reduction == "mean" else 1)
-    if labelled is not None:
-        losses = losses.new_zeros(targets.numel()).index_copy(0, labelled, losses)
-    return losses.reshape(targets.shape)
+    return torch.cat(parts)
 
 
 def check_language_model(model: nn.Module, *, encoder_decoder: bool = False, causal: bool = False) -> None:
