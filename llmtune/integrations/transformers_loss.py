@@ -133,7 +133,7 @@ class _OfLogits:
                     raise ValueError(self._miscounted(0, counted) if counted else _NO_TARGET)
                 return logits.flatten()[:0].float().sum()  # 0, and the backward pass still goes through the model
         mean, _ = loss_and_parts(self._mean(logits, labels), trained=False)
-        return mean if num_items_in_batch is None else mean * (counted / step.reshape(()))
+        return mean if num_items_in_batch is None else mean * counted / step.reshape(())
 
     def _targets(self, labels: Tensor) -> tuple[int, int]:
         """Return how many targets the loss takes its mean over, and how many labels the Trainer has counted."""

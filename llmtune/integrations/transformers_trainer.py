@@ -146,10 +146,10 @@ class TrainerByTargets(Trainer):
             return (mean, model(**batch)) if return_outputs else mean
         loss = self._zero()
         if count:
-            share = 1.0 if num_items_in_batch is None else count / num_items_in_batch
+            step = count if num_items_in_batch is None else num_items_in_batch
             mean, parts = self._mean(model, batch)
-            self._logged.add(parts, share)
-            loss = mean * (share * self.accelerator.num_processes)  # DDP takes the mean over processes
+            self._logged.add(parts, count / step)
+            loss = mean * (count * self.accelerator.num_processes) / step  # DDP takes the mean over processes
         if self.penalties and self.accelerator.sync_gradients:  # the step's last micro-batch
             core: Any = self.model
             penalty = sum_of_penalties(self.penalties, core)
