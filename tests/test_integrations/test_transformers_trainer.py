@@ -5,26 +5,34 @@ import math
 import pytest
 import torch
 from torch import nn
-from trainers import MODELS, ROWS, Trainer, arguments, in_double, of_decoder, off, reference, texts, trained
+from trainers import (
+    EXPORTED,
+    LOSSES,
+    MODELS,
+    ROWS,
+    arguments,
+    drops,
+    in_double,
+    of_decoder,
+    off,
+    pairs,
+    reference,
+    texts,
+    trained,
+    with_lora,
+)
+from transformers import Trainer
 
 import llmtune
 from llmtune import forgetting, losses, regularizers
-from llmtune.adapters import LoRA, attach, disabled
+from llmtune.adapters import disabled
 from llmtune.data import collate_preferences
 from llmtune.data.collate import collate_padded
 from llmtune.integrations import with_loss
-from llmtune.losses import CausalLMLoss, ClassificationLoss, MaskedLMLoss, SequenceToSequenceLoss, causal_lm_loss
-from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from llmtune.losses import CausalLMLoss, SequenceToSequenceLoss, causal_lm_loss
+from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training import LoopSettings, TrainingLoop
 from llmtune.types import Callback, LossFunction
-
-LOSSES = {
-    "llama": (CausalLMLoss(label_smoothing=0.3, z_loss=0.01), {"shift": True, "smoothing": 0.3, "z": 0.01}),
-    "gpt2": (CausalLMLoss(label_smoothing=0.3), {"shift": True, "smoothing": 0.3}),
-    "bert": (MaskedLMLoss(label_smoothing=0.3, z_loss=0.01), {"shift": False, "smoothing": 0.3, "z": 0.01}),
-    "classifier": (ClassificationLoss(label_smoothing=0.3), {"shift": False, "smoothing": 0.3}),
-    "t5": (SequenceToSequenceLoss(label_smoothing=0.3), {"shift": False, "smoothing": 0.3}),
-}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -68,46 +76,6 @@ def test_a_run_is_that_of_the_training_loop(accumulation, tmp_path):
     assert off(theirs, ours) < 1e-9
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert logged == pytest.approx([row["loss"] for row in history], rel=1e-5)
-
-
-def pairs():
-    rows = []
-    for row in texts():
-        ids = row["input_ids"]
-        rows.append({"prompt": ids[:2], "chosen": ids[2:], "rejected": ids[3:][::-1], "reference_chosen": -9.0,
-                     "reference_rejected": -8.0})  # fmt: skip
-    return rows
-
-
-def with_lora(make):
-    model = make()
-    attach(model, LoRA(rank=2, alpha=4))
-    return model
-
-
-def drops():
-    return tiny_gpt2(dropout=0.1)
-
-
-TEXT, CLASS, SEQ = MODELS["llama"][1:], MODELS["classifier"][1:], (MODELS["t5"][1], collate_padded)
-NUDGE = {"epsilon": 0.5, "step_size": 0.2}
-# every exported class of losses: (a loss, a model, rows, collate)
-EXPORTED = {
-    "CausalLMLoss": (CausalLMLoss(z_loss=0.1), tiny_llama, *TEXT),
-    "ClassificationLoss": (ClassificationLoss(), MODELS["classifier"][0], *CLASS),
-    "ConfidencePenaltyLoss": (losses.ConfidencePenaltyLoss(strength=0.1), tiny_llama, *TEXT),
-    "DPOLoss": (losses.DPOLoss(), tiny_llama, pairs, collate_preferences),
-    "DistillToBase": (forgetting.DistillToBase(strength=1.0), lambda: with_lora(tiny_llama), *TEXT),
-    "FeatureDistillationLoss": (losses.FeatureDistillationLoss(tiny_llama(1), strength=1.0), tiny_llama, *TEXT),
-    "FocalLoss": (losses.FocalLoss(), MODELS["classifier"][0], *CLASS),
-    "FreeLBLoss": (regularizers.FreeLBLoss(**NUDGE), tiny_llama, *TEXT),
-    "MaskedLMLoss": (MaskedLMLoss(), tiny_bert, *TEXT),
-    "MixupLoss": (regularizers.MixupLoss(alpha=0.4), MODELS["classifier"][0], *CLASS),
-    "RDropLoss": (regularizers.RDropLoss(alpha=1.0), drops, *TEXT),
-    "SequenceToSequenceLoss": (SequenceToSequenceLoss(), tiny_t5, *SEQ),
-    "SmartLoss": (regularizers.SmartLoss(strength=1.0, epsilon=0.1), tiny_llama, *TEXT),
-    "SupervisedContrastiveLoss": (losses.SupervisedContrastiveLoss(weight=0.5), MODELS["classifier"][0], *CLASS),
-}
 
 
 def exported_losses():

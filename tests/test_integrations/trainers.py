@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
+from llmtune import forgetting, losses, regularizers
+from llmtune.adapters import LoRA, attach
+from llmtune.data import collate_preferences
 from llmtune.data.collate import collate_padded
+from llmtune.losses import CausalLMLoss, ClassificationLoss, MaskedLMLoss, SequenceToSequenceLoss
 from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 RATE = 0.05
@@ -106,4 +110,50 @@ MODELS = {
     "classifier": (lambda: tiny_bert(labels=3), classes, collate_padded),
     "t5": (tiny_t5, translations, of_decoder),
 }
-__all__ = ["MODELS", "ROWS", "Trainer", "arguments", "in_double", "off", "reference", "texts", "trained"]
+LOSSES = {
+    "llama": (CausalLMLoss(label_smoothing=0.3, z_loss=0.01), {"shift": True, "smoothing": 0.3, "z": 0.01}),
+    "gpt2": (CausalLMLoss(label_smoothing=0.3), {"shift": True, "smoothing": 0.3}),
+    "bert": (MaskedLMLoss(label_smoothing=0.3, z_loss=0.01), {"shift": False, "smoothing": 0.3, "z": 0.01}),
+    "classifier": (ClassificationLoss(label_smoothing=0.3), {"shift": False, "smoothing": 0.3}),
+    "t5": (SequenceToSequenceLoss(label_smoothing=0.3), {"shift": False, "smoothing": 0.3}),
+}
+
+
+def pairs():
+    rows = []
+    for row in texts():
+        ids = row["input_ids"]
+        rows.append({"prompt": ids[:2], "chosen": ids[2:], "rejected": ids[3:][::-1], "reference_chosen": -9.0,
+                     "reference_rejected": -8.0})  # fmt: skip
+    return rows
+
+
+def with_lora(make):
+    model = make()
+    attach(model, LoRA(rank=2, alpha=4))
+    return model
+
+
+def drops():
+    return tiny_gpt2(dropout=0.1)
+
+
+TEXT, CLASS, SEQ = MODELS["llama"][1:], MODELS["classifier"][1:], (MODELS["t5"][1], collate_padded)
+NUDGE = {"epsilon": 0.5, "step_size": 0.2}
+# every exported class of losses: (a loss, a model, rows, collate)
+EXPORTED = {
+    "CausalLMLoss": (CausalLMLoss(z_loss=0.1), tiny_llama, *TEXT),
+    "ClassificationLoss": (ClassificationLoss(), MODELS["classifier"][0], *CLASS),
+    "ConfidencePenaltyLoss": (losses.ConfidencePenaltyLoss(strength=0.1), tiny_llama, *TEXT),
+    "DPOLoss": (losses.DPOLoss(), tiny_llama, pairs, collate_preferences),
+    "DistillToBase": (forgetting.DistillToBase(strength=1.0), lambda: with_lora(tiny_llama), *TEXT),
+    "FeatureDistillationLoss": (losses.FeatureDistillationLoss(tiny_llama(1), strength=1.0), tiny_llama, *TEXT),
+    "FocalLoss": (losses.FocalLoss(), MODELS["classifier"][0], *CLASS),
+    "FreeLBLoss": (regularizers.FreeLBLoss(**NUDGE), tiny_llama, *TEXT),
+    "MaskedLMLoss": (MaskedLMLoss(), tiny_bert, *TEXT),
+    "MixupLoss": (regularizers.MixupLoss(alpha=0.4), MODELS["classifier"][0], *CLASS),
+    "RDropLoss": (regularizers.RDropLoss(alpha=1.0), drops, *TEXT),
+    "SequenceToSequenceLoss": (SequenceToSequenceLoss(), tiny_t5, *SEQ),
+    "SmartLoss": (regularizers.SmartLoss(strength=1.0, epsilon=0.1), tiny_llama, *TEXT),
+    "SupervisedContrastiveLoss": (losses.SupervisedContrastiveLoss(weight=0.5), MODELS["classifier"][0], *CLASS),
+}
