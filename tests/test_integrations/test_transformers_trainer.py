@@ -28,7 +28,7 @@ from llmtune import forgetting, losses, regularizers
 from llmtune.adapters import disabled
 from llmtune.data import collate_preferences
 from llmtune.data.collate import collate_padded
-from llmtune.integrations import with_loss
+from llmtune.integrations import trainer_loss, with_loss
 from llmtune.losses import CausalLMLoss, SequenceToSequenceLoss, causal_lm_loss
 from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training import LoopSettings, TrainingLoop
@@ -56,6 +56,24 @@ def test_the_trainer_by_itself_is_off_where_the_class_name_says_nothing(tmp_path
         model = in_double(make())
         trained(Trainer, model, texts(), tmp_path, 2, max_steps=1)
         assert (off(model, wanted) < 1e-9) == good
+
+
+def test_smoothing_is_after_the_shift_whatever_the_model_is_called(tmp_path):
+    """transformers 5.24 shifts the labels for its label_smoothing_factor if it knows the name of the model's class."""
+    model = tiny_llama()
+    batch = collate_padded(texts()[:4])
+    loss = CausalLMLoss(label_smoothing=0.1)
+    wanted = loss(model, batch).item()
+    for kind, shifts in ((type(model), True), (type("MyLlama", (type(model),), {}), False)):
+        model.__class__ = kind
+        theirs = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1))
+        assert (theirs.compute_loss(model, dict(batch)).item() == pytest.approx(wanted, rel=1e-5)) == shifts
+        ours = with_loss(Trainer, loss)(model, arguments(tmp_path))
+        assert ours.compute_loss(model, dict(batch)).item() == pytest.approx(wanted, rel=1e-6)
+    nothing = Trainer(
+        model, arguments(tmp_path, label_smoothing_factor=0.1), compute_loss_func=trainer_loss(causal_lm_loss, model)
+    )
+    assert nothing.compute_loss(model, dict(batch)).item() == causal_lm_loss(model, batch).item()  # not smoothed
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
@@ -183,12 +201,18 @@ def test_micro_batches_without_a_target_add_nothing(tmp_path):
     assert off(model, reference(in_double(tiny_llama()), rows, shift=True)) < 1e-9
 
 
-def test_bfloat16_covers_the_head_too(tmp_path):
-    ends = [tiny_llama(), tiny_llama()]
+def test_bfloat16_covers_what_a_loss_does_outside_the_model_too(tmp_path):
+    seen, ends = [], [tiny_llama(), tiny_llama()]
+
+    def loss(model, batch):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return causal_lm_loss(model, batch)
+
+    loss.count_targets = causal_lm_loss.count_targets
     for model, bf16 in zip(ends, (False, True), strict=True):
-        trained(with_loss(Trainer, causal_lm_loss), model, texts(), tmp_path, 2, bf16=bf16, max_steps=1)
-    assert off(ends[1], ends[0]) < 0.01
-    assert off(ends[1], tiny_llama()) > 0.001
+        trained(with_loss(Trainer, loss), model, texts(), tmp_path, bf16=bf16, max_steps=1)
+    assert seen == [False, True]
+    assert 0 < off(ends[1], ends[0]) < 0.01
 
 
 def test_functions_are_losses_too(tmp_path):
