@@ -34,7 +34,7 @@ def with_loss(trainer: TrainerClass, loss: LossFunction, *, penalties: Sequence[
 
     In evaluation "eval_loss" and "eval_<part>" are means over all targets, where the Trainer gives the mean over rows
     of batches' means, and penalties are left out. Of several processes, rows that accelerate repeats to fill the last
-    batch count twice, as they do in the Trainer. With `compute_metrics` the model is run once more for its logits.
+    batch count twice. With `compute_metrics` the model is run once more for its logits.
 
     The Trainer drops columns that the model's forward does not name: set remove_unused_columns=False where the loss or
     the collator needs them (pairs of answers). Tested in one process and under DDP; FSDP, DeepSpeed, other
