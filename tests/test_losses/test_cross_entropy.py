@@ -76,8 +76,8 @@ def test_works_under_torch_func() -> None:
 
 def test_never_holds_all_logits_and_computes_only_labelled_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(101, 7, generator=generator, requires_grad=True)
-    weight = torch.randn(499, 7, generator=generator)
+    hidden = torch.randn(101, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(499, 7, generator=generator, dtype=torch.float64)
     targets = torch.randint(499, (101,), generator=generator)
     targets[: 101 - 47] = -100
     with Recorder() as seen:
@@ -215,3 +215,18 @@ def test_bad_input_is_named() -> None:
         linear_cross_entropy(hidden, weight, targets, softcap=0)
     with pytest.raises(ValueError, match="chunk_rows must be 1 or more; got 0"):
         linear_cross_entropy(hidden, weight, targets, chunk_rows=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("factor", [1.0, -0.7])
+def test_a_second_backward_pass_gives_the_same_gradients(reduction: str, factor: float) -> None:
+    hidden, weight, bias, targets = inputs()
+    leaves = (hidden, weight, bias)
+    plain = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction=reduction).sum()
+    expected = torch.autograd.grad(factor * plain, leaves)
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, chunk_rows=2, reduction=reduction).sum() * factor
+    for _ in range(3):
+        got = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for gradient, wanted in zip(got, expected, strict=True):
+            assert_close(gradient, wanted, rtol=1e-9)
+            gradient.fill_(7)  # it is the caller's: the next one does not come from it
