@@ -106,6 +106,16 @@ def test_a_masked_vocabulary_gives_no_nan() -> None:
     assert_close(loss, kl_divergence(student, teacher))
 
 
+def test_a_student_that_leaves_nothing_to_the_rest_is_infinitely_far_and_gives_no_nan() -> None:
+    student, teacher = logits(3, V)
+    values, index = top_k_log_probabilities(teacher, 4)
+    alone = student.detach().clone()
+    alone[1] = torch.full((V,), -torch.inf, dtype=torch.float64).scatter(0, index[1], 0.0)
+    rows = top_k_kl_divergence(alone.requires_grad_(), values, index, reduction="none")
+    assert rows.isinf().tolist() == [False, True, False]
+    assert torch.autograd.grad(rows.sum(), alone)[0].isfinite().all()
+
+
 def test_a_mass_a_little_above_one_is_rounding() -> None:
     values = torch.tensor([[0.5, 0.5 + 1e-6]]).log()
     student = torch.zeros(1, 3, requires_grad=True)
