@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.cross_entropy import Reduction
-from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
+from llmtune.losses.rows import check_reduction, counted, log_sum_outside, reduced, rows_that_count
 
 
 def top_k_log_probabilities(logits: Tensor, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def top_k_kl_divergence(
         log_q = z.log_softmax(-1)
         value = _kl_terms(log_p, log_q.gather(-1, index)).sum(-1)
         if index.shape[-1] < z.shape[-1]:
-            value = value + _kl_terms(_log_rest(total.squeeze(-1)), _log_sum_outside(log_q, index))
+            value = value + _kl_terms(_log_rest(total.squeeze(-1)), log_sum_outside(log_q, index))
     else:
         value = _kl_terms(log_p - total, z.gather(-1, index).log_softmax(-1)).sum(-1)
     value = temperature**2 * torch.where(value < 0, value - value.detach(), value)  # less than 0 is rounding
@@ -125,13 +125,6 @@ def _log_rest(total: Tensor) -> Tensor:
     """Return log(1 - exp(total)), and -inf where that is no more than rounding."""
     rest = -torch.expm1(total)
     return torch.where(rest > 4 * torch.finfo(rest.dtype).eps, rest, 0.0).log()
-
-
-def _log_sum_outside(log_q: Tensor, index: Tensor) -> Tensor:
-    """Return the log of the sum [n] of the probabilities [n, V] outside index [n, k]; -inf, without slope, for none."""
-    others = log_q.scatter(-1, index, -torch.inf)
-    none = others.amax(-1) == -torch.inf
-    return others.masked_fill_(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
 
 
 def _checked_total(log_p: Tensor, index: Tensor, V: int) -> Tensor:

@@ -128,6 +128,18 @@ def test_under_autocast_and_with_an_adapter_on_the_head() -> None:
     assert_close(loss(model, batch), plain, rtol=1e-6)
 
 
+def test_a_masked_vocabulary_gives_no_nan() -> None:
+    z = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z[:, 3] = -torch.inf
+    loss, targets = SureCrossEntropy(CrossEntropy(), 0.3, 1.5), (torch.tensor([0, 1, 2, 4, 6]),)
+    given = z.clone().requires_grad_()
+    want = loss.plain(given, targets)
+    (gradient,) = torch.autograd.grad(want.sum(), given)
+    assert_close(loss.in_place(z, slice(0, 5), targets, True), want)
+    assert z.isfinite().all()
+    assert_close(z, gradient)
+
+
 @pytest.mark.parametrize("softcap", [None, 2.5])
 def test_it_holds_as_many_buffers_as_it_says(softcap: float | None) -> None:
     n, wide = 13, 4999

@@ -266,7 +266,10 @@ def test_a_logit_of_minus_infinity_in_both_is_no_term(direction: str) -> None:
     ]
     loss = kl_divergence(*wide, direction=direction)
     assert_close(loss, plain(student, teacher, 1.0, direction).mean())
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, wide))
+    grads = torch.autograd.grad(loss, wide, create_graph=True)
+    assert all(grad.isfinite().all() for grad in grads)
+    second = torch.autograd.grad(torch.stack([grad.square().sum() for grad in grads]).sum(), wide)
+    assert all(grad.isfinite().all() for grad in second)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
