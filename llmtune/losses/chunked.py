@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtune.losses.products import add_head_gradient, gradient_into, logits_into
+from llmtune.losses.head_products import add_head_gradient, gradient_into, logits_into
 
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llmtune.losses import products
-from llmtune.losses.products import add_head_gradient, gradient_into, logits_into
+from llmtune.losses import head_products as products
+from llmtune.losses.head_products import add_head_gradient, gradient_into, logits_into
 
 N, E, V = 13, 7, 1103  # more columns than a piece of the head's gradient
 
