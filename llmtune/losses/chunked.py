@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmtune.losses.head_products import add_head_gradient, gradient_into, logits_into
+
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
 FEWEST_ROWS = 64  # every chunk reads the whole head: it must be worth its while
+CACHE_BYTES = 2**20  # a CPU works through a chunk this much at a time, so that a row is read from memory once
 
 
 class RowLoss(Protocol):
@@ -24,10 +27,14 @@ class RowLoss(Protocol):
 
     Attributes:
         buffers: how many [rows, V] tensors, the logits among them, `in_place` holds at once.
+        takes_few_rows: whether a few rows cost no more than their share of many: nothing is multiplied by a head.
     """
 
     @property
     def buffers(self) -> int: ...
+
+    @property
+    def takes_few_rows(self) -> bool: ...
 
     def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
         """Return the losses [n] of logits z [n, V]; if asked, turn z in place into each row's gradient by its logits.
@@ -74,7 +81,7 @@ def linear_row_loss(
     """
     dtype = compute_dtype(hidden, weight)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    rows = default_chunk_rows(weight, loss.buffers) if chunk_rows is None else chunk_rows
+    rows = _own_chunk_rows(weight, loss) if chunk_rows is None else chunk_rows
     if rows < 1:
         raise ValueError(f"chunk_rows must be 1 or more; got {rows}")
     asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
@@ -94,6 +101,13 @@ def default_chunk_rows(weight: Tensor, buffers: int) -> int:
     narrow = weight.element_size() if weight.element_size() < 4 else 0
     budget = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES_ELSEWHERE)
     return max(FEWEST_ROWS, budget // (weight.shape[0] * (wide * buffers + narrow)))
+
+
+def _own_chunk_rows(weight: Tensor, loss: RowLoss) -> int:
+    if weight.device.type != "cpu" or not loss.takes_few_rows:
+        return default_chunk_rows(weight, loss.buffers)
+    # only the logits are of the chunk's size, in their own type; the rest is for what is worked on in the cache
+    return max(FEWEST_ROWS, CHUNK_BYTES["cpu"] * 5 // 8 // (weight.shape[0] * weight.element_size()))
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -134,34 +148,40 @@ class _LinearRowLoss(torch.autograd.Function):
         hidden, weight, bias, ctx.loss, ctx.per_row, ctx.factor, ctx.chunk_rows = inputs[:7]
         ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], hidden, weight, bias, *inputs[8:])
+        ctx.made = output[1:]
+        ctx.save_for_backward(hidden, weight, bias, *inputs[8:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias, hidden, weight, bias, *tensors = ctx.saved_tensors
+        hidden, weight, bias, *tensors = ctx.saved_tensors
         rest = (None,) * (5 + len(tensors))
         if grad is None:
             return (None, None, None, *rest)
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a second derivative is asked for: only the plain formula has one
             return (*_plain_gradients(hidden, weight, bias, ctx.loss, tuple(tensors), ctx.factor * grad, needs), *rest)
+
+        def again(wanted: tuple[bool, bool, bool], row_factors: Tensor | None = None) -> tuple[Tensor | None, ...]:
+            return _run_chunks(
+                hidden, weight, bias, ctx.loss, tuple(tensors), ctx.chunk_rows, wanted, factor=ctx.factor,
+                row_factors=row_factors,
+            )[1]  # fmt: skip
+
+        made, ctx.made = ctx.made, None  # given away, so that they need no copy; asked for once more, made once more
+        if made is None:
+            made = again((needs[0], needs[1] and not ctx.per_row, needs[2] and not ctx.per_row))
         if ctx.per_row and (needs[1] or needs[2]):
-            head_only = (False, needs[1], needs[2])
-            _, (_, d_weight, d_bias) = _run_chunks(
-                hidden, weight, bias, ctx.loss, tuple(tensors), ctx.chunk_rows, head_only, factor=ctx.factor,
-                row_factors=grad,
-            )  # fmt: skip
-            return (_scaled(d_hidden, grad[:, None]), d_weight, d_bias, *rest)
-        return (
-            _scaled(d_hidden, grad[:, None] if ctx.per_row else grad),
-            _scaled(d_weight, grad),
-            _scaled(d_bias, grad),
-            *rest,
-        )
+            made = (made[0], *again((False, needs[1], needs[2]), grad)[1:])
+        if ctx.per_row:
+            return (_scaled(made[0], grad[:, None]), *made[1:], *rest)
+        return (*(_scaled(gradient, grad) for gradient in made), *rest)
 
 
-def _scaled(tensor: Tensor | None, factor: Tensor) -> Tensor | None:
-    return None if tensor is None else (tensor * factor).to(tensor.dtype)
+def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Multiply in place; by 1, which is the usual factor, only where asking for its value would wait for a device."""
+    if gradient is None or (factor.device.type == "cpu" and factor.ndim == 0 and float(factor) == 1.0):
+        return gradient
+    return gradient.mul_(factor)
 
 
 def _run_chunks(
@@ -181,32 +201,45 @@ def _run_chunks(
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = hidden.new_empty(N, dtype=wide)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
-    d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    d_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else None
     d_bias = hidden.new_zeros(V, dtype=wide) if wanted[2] else None
-    buffer = hidden.new_empty(min(chunk_rows, N), V)
+    logits = hidden.new_empty(min(chunk_rows, N), V)
+    step = _rows_at_once(loss, logits, wide)
+    scratch = None if hidden.dtype == wide else hidden.new_empty(step, V, dtype=wide)
     for start in range(0, N, chunk_rows):
-        rows = slice(start, min(start + chunk_rows, N))
-        h = hidden[rows]
-        z = torch.mm(h, weight.T, out=buffer[: len(h)]).to(wide)
-        if bias is not None:
-            z += bias
-        losses[rows] = loss.in_place(z, rows, tensors, any(wanted))
-        if row_factors is not None:
-            z *= row_factors[rows, None]
-        if d_bias is not None:
-            d_bias.add_(z.sum(0), alpha=factor)
-        g = z if z.dtype == hidden.dtype else buffer[: len(h)].copy_(z)
-        if d_weight is not None and g.dtype == wide:
-            d_weight.addmm_(g.T, h, alpha=factor)
-        elif d_weight is not None:
-            d_weight += torch.addmm(g.new_zeros(1, 1), g.T, h, beta=0, alpha=factor)
+        h = hidden[start : start + chunk_rows]
+        z = logits_into(logits[: len(h)], h, weight)
+        for first in range(0, len(h), step):
+            part = z[first : first + step]
+            rows = slice(start + first, start + first + len(part))
+            g = part if scratch is None else scratch[: len(part)].copy_(part)
+            if bias is not None:
+                g += bias
+            losses[rows] = loss.in_place(g, rows, tensors, any(wanted))
+            if row_factors is not None:
+                g *= row_factors[rows, None]
+            if d_bias is not None:
+                d_bias.add_(g.sum(0), alpha=factor)
+            if scratch is not None and (wanted[0] or wanted[1]):
+                part.copy_(g)
+        if d_weight is not None:
+            add_head_gradient(d_weight, z, h, factor, first=start == 0)
         if d_hidden is not None:
-            torch.addmm(d_hidden[rows], g, weight, beta=0, alpha=factor, out=d_hidden[rows])
+            gradient_into(d_hidden[start : start + len(h)], z, weight, factor)
+    if d_weight is not None and N == 0:
+        d_weight.zero_()
     return losses, (
         d_hidden,
         None if d_weight is None else d_weight.to(weight.dtype),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
+
+
+def _rows_at_once(loss: RowLoss, logits: Tensor, wide: torch.dtype) -> int:
+    """Return how many of a chunk's rows the loss gets at once."""
+    if logits.device.type != "cpu" or not loss.takes_few_rows:
+        return max(1, len(logits))
+    return min(max(1, CACHE_BYTES // (logits.shape[1] * wide.itemsize)), max(1, len(logits)))
 
 
 def _plain_gradients(

@@ -142,6 +142,10 @@ class SureCrossEntropy:
         return replace(self, cross_entropy=self.cross_entropy.after_head(softcap, logit_scale))
 
     @property
+    def takes_few_rows(self) -> bool:
+        return True
+
+    @property
     def buffers(self) -> int:
         return self.cross_entropy.buffers + 3
 

@@ -112,6 +112,10 @@ class CrossEntropy:
         return replace(self, softcap=softcap, logit_scale=logit_scale)
 
     @property
+    def takes_few_rows(self) -> bool:
+        return True
+
+    @property
     def buffers(self) -> int:
         return 1 if self.softcap is None else 2
 

@@ -163,6 +163,10 @@ class Divergence:
         check_softcap(self.softcap)
 
     @property
+    def takes_few_rows(self) -> bool:
+        return False
+
+    @property
     def buffers(self) -> int:
         held = {"forward": 5, "reverse": 6, "symmetric": 7, "jensen-shannon": 7}[self.direction]
         return held if self.softcap is None else held + 1

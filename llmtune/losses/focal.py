@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.classification import ClassificationLoss, class_rows
 from llmtune.losses.cross_entropy import Reduction, labelled_rows
-from llmtune.losses.rows import check_reduction, reduced
+from llmtune.losses.rows import check_reduction, log_sum_outside, reduced
 from llmtune.types import Batch
 
 
@@ -29,10 +30,10 @@ def focal_loss(
     Cross-entropy at gamma = 0. What stands in ignored rows, NaN included, changes nothing.
 
     The paper has a sigmoid a class and a balance alpha between object and background; this is its softmax form, with
-    alpha as a weight a class. 1 - p_t is -expm1(log p_t): no cancellation, and the gradient is finite at p_t = 1 for
-    every gamma, where (1 - softmax)^gamma has an infinite slope for gamma below 1. The mean is over the rows that carry
-    a label, whatever their weights, so that a batch may be split; torch's `cross_entropy(weight=...)` divides by the
-    sum of the weights.
+    alpha as a weight a class. Both log p_t and log(1 - p_t) are taken from the log-odds of the target: no cancellation,
+    and the gradient is finite at p_t = 1 for every gamma, where (1 - softmax)^gamma has an infinite slope for gamma
+    below 1. The mean is over the rows that carry a label, whatever their weights, so that a batch may be split; torch's
+    `cross_entropy(weight=...)` divides by the sum of the weights.
 
     Args:
         logits: [..., C]: classes last.
@@ -75,12 +76,11 @@ def focal_loss(
 
 def _rows(z: Tensor, t: Tensor, gamma: float, class_weights: Tensor | None) -> Tensor:
     """Return the losses [n] of logits [n, C] with targets [n]."""
-    log_p = z.log_softmax(-1).gather(1, t[:, None]).squeeze(1)
-    loss = -log_p
+    index = t[:, None]
+    odds = log_sum_outside(z, index) - z.gather(1, index).squeeze(1)  # log of (1 - p_t) / p_t
+    loss = -F.logsigmoid(-odds)
     if gamma > 0:
-        # at 0 a power below 1 has an infinite slope: held just above it, farther down than rounding ever reaches
-        missing = (-torch.expm1(log_p)).clamp(min=torch.finfo(z.dtype).eps ** 2)
-        loss = loss * missing**gamma
+        loss = loss * (gamma * F.logsigmoid(odds)).exp()
     return loss if class_weights is None else loss * class_weights.to(loss)[t]
 
 

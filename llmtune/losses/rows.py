@@ -55,3 +55,10 @@ def reduced(value: Tensor, rows: Tensor | None, shape: torch.Size, reduction: Re
         whole = value if rows is None else value.new_zeros(shape.numel()).index_copy(0, rows, value)
         return whole.reshape(shape)
     return value.mean() if reduction == "mean" else value.sum()
+
+
+def log_sum_outside(z: Tensor, index: Tensor) -> Tensor:
+    """Return log sum exp [n] of the entries [n, C] outside index [n, k]; -inf, without slope, where there are none."""
+    others = z.scatter(-1, index, -torch.inf)
+    none = others.amax(-1) == -torch.inf
+    return others.masked_fill_(none[:, None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)

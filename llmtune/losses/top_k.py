@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.cross_entropy import Reduction
-from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
+from llmtune.losses.rows import check_reduction, counted, log_sum_outside, reduced, rows_that_count
 
 
 def top_k_log_probabilities(logits: Tensor, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -100,27 +100,36 @@ def top_k_kl_divergence(
     _check_shapes(student, teacher_logprobs, teacher_indices)
     shape = student.shape[:-1]
     rows = rows_that_count(mask, shape, reduction)
-    log_q = (at_least_float32(counted(student, rows)) / temperature).log_softmax(-1)
-    logp = counted(teacher_logprobs.detach(), rows).to(log_q.dtype)
+    z = at_least_float32(counted(student, rows)) / temperature
+    log_p = counted(teacher_logprobs.detach(), rows).to(z.dtype)
     index = counted(teacher_indices, rows).long()
-    total = _checked_total(logp, index, log_q.shape[-1])
-    log_top = log_q.gather(-1, index)
-    if not tail:
-        logp, log_top = logp - total, log_top - log_top.logsumexp(-1, keepdim=True)
-    p = logp.exp()
-    value = (p * torch.where(p == 0, 0.0, logp - log_top)).sum(-1)
-    if tail and index.shape[-1] < log_q.shape[-1]:
-        rest = -torch.expm1(total.squeeze(-1))
-        rest = torch.where(rest > 4 * torch.finfo(rest.dtype).eps, rest, 0.0)  # less is rounding
-        log_rest = log_q.scatter(-1, index, -torch.inf).logsumexp(-1)
-        value = value + rest * torch.where(rest == 0, 0.0, rest.log() - log_rest)
+    total = _checked_total(log_p, index, z.shape[-1])
+    if tail:
+        log_q = z.log_softmax(-1)
+        value = _kl_terms(log_p, log_q.gather(-1, index)).sum(-1)
+        if index.shape[-1] < z.shape[-1]:
+            value = value + _kl_terms(_log_rest(total.squeeze(-1)), log_sum_outside(log_q, index))
+    else:
+        value = _kl_terms(log_p - total, z.gather(-1, index).log_softmax(-1)).sum(-1)
     value = temperature**2 * torch.where(value < 0, value - value.detach(), value)  # less than 0 is rounding
     return reduced(value, rows, shape, reduction)
 
 
-def _checked_total(logp: Tensor, index: Tensor, V: int) -> Tensor:
+def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p log(p / q), 0 where p is 0."""
+    p = log_p.exp()
+    return p * torch.where(p == 0, 0.0, log_p - log_q)
+
+
+def _log_rest(total: Tensor) -> Tensor:
+    """Return log(1 - exp(total)), and -inf where that is no more than rounding."""
+    rest = -torch.expm1(total)
+    return torch.where(rest > 4 * torch.finfo(rest.dtype).eps, rest, 0.0).log()
+
+
+def _checked_total(log_p: Tensor, index: Tensor, V: int) -> Tensor:
     """Return logsumexp [n, 1] of the stored values [n, k]; raise where they are no probabilities of classes."""
-    total = logp.logsumexp(-1, keepdim=True)
+    total = log_p.logsumexp(-1, keepdim=True)
     ordered = index.sort(-1).values
     outside = ((index < 0) | (index >= V)).any()
     twice = (ordered[:, 1:] == ordered[:, :-1]).any()

@@ -76,6 +76,25 @@ def test_label_smoothing_and_z_loss_act_on_shifted_labels_alone() -> None:
     assert_close(CausalLMLoss(label_smoothing=0.1, z_loss=0.01)(model, batch), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_torchs_after_the_shift(make: Any, smoothing: float) -> None:
+    """Smoothing before the shift, as transformers once did, teaches each token to repeat itself."""
+    model, batch = make(), collate_padded(token_rows())
+    loss = CausalLMLoss(label_smoothing=smoothing)(model, batch)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["labels"]
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
+    assert_close(loss, shifted)
+    unshifted = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
+    assert abs(loss - unshifted) > 1e-4 * abs(loss)
+    parameters = list(model.parameters())
+    found, expected = (
+        torch.cat([grad.flatten() for grad in torch.autograd.grad(value, parameters)]) for value in (loss, shifted)
+    )
+    assert_close(found, expected)
+
+
 def test_all_labels_ignored_is_an_error() -> None:
     ids = torch.ones(2, 3, dtype=torch.long)
     batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}

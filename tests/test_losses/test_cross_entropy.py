@@ -67,6 +67,41 @@ def test_second_derivatives_are_right(reduction: str, smoothing: float) -> None:
     assert torch.autograd.gradgradcheck(loss, (hidden[:5].detach().requires_grad_(), weight, bias), atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "weight bias", "hidden, no bias", "weight, no bias"])
+def test_a_frozen_head_or_a_frozen_body_with_all_options(trained: str, reduction: str) -> None:
+    """First and second derivatives, whatever is trained."""
+    named = dict(zip(("hidden", "weight", "bias"), inputs()[:3], strict=True))
+    targets = inputs()[3]
+    if "no bias" in trained:
+        named.pop("bias")
+    for name, tensor in named.items():
+        tensor.requires_grad_(name in trained)
+    asked = [tensor for tensor in named.values() if tensor.requires_grad]
+
+    def ours() -> Tensor:
+        return linear_cross_entropy(
+            targets=targets, bias=named.get("bias"), label_smoothing=0.3, z_loss=0.2, softcap=1.3, logit_scale=0.7,
+            reduction=reduction, chunk_rows=5, **{name: named[name] for name in ("hidden", "weight")},
+        )  # fmt: skip
+
+    def plain() -> Tensor:
+        z = 1.3 * torch.tanh(0.7 * F.linear(named["hidden"], named["weight"], named.get("bias")) / 1.3)
+        rows = F.cross_entropy(z, targets, label_smoothing=0.3, reduction="none")
+        rows = rows + torch.where(targets == -100, 0.0, 0.2 * z.logsumexp(-1).square())
+        return rows if reduction == "none" else rows.sum() / (targets != -100).sum()
+
+    factors = torch.linspace(-1, 2, N, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7)
+    results = []
+    for loss in (ours(), plain()):
+        grads = torch.autograd.grad((loss * factors).sum(), asked, create_graph=True)
+        second = torch.autograd.grad(torch.stack([grad.pow(3).sum() for grad in grads]).sum(), asked)
+        results.append([loss, *grads, *second])
+    once = torch.autograd.grad((ours() * factors).sum(), asked)  # in place, not through the plain formula
+    for got, want in zip((*results[0], *once), (*results[1], *results[1][1 : 1 + len(once)]), strict=True):
+        assert_close(got, want)
+
+
 def test_works_under_torch_func() -> None:
     hidden, weight, bias, targets = (x.detach() for x in inputs())
     grad = torch.func.grad(lambda w: linear_cross_entropy(hidden, w, targets, bias=bias))(weight)
@@ -76,8 +111,8 @@ def test_works_under_torch_func() -> None:
 
 def test_never_holds_all_logits_and_computes_only_labelled_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(101, 7, generator=generator, requires_grad=True)
-    weight = torch.randn(499, 7, generator=generator)
+    hidden = torch.randn(101, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(499, 7, generator=generator, dtype=torch.float64)
     targets = torch.randint(499, (101,), generator=generator)
     targets[: 101 - 47] = -100
     with Recorder() as seen:
@@ -213,5 +248,26 @@ def test_bad_input_is_named() -> None:
         linear_cross_entropy(hidden, weight, targets, z_loss=-1)
     with pytest.raises(ValueError, match="softcap must be finite and larger than 0, or None; got 0"):
         linear_cross_entropy(hidden, weight, targets, softcap=0)
+    for softcap in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="softcap must be finite and larger than 0, or None"):
+            linear_cross_entropy(hidden, weight, targets, softcap=softcap)
+    for scale in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="logit_scale must be a finite number other than 0"):
+            linear_cross_entropy(hidden, weight, targets, logit_scale=scale)
     with pytest.raises(ValueError, match="chunk_rows must be 1 or more; got 0"):
         linear_cross_entropy(hidden, weight, targets, chunk_rows=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("factor", [1.0, -0.7])
+def test_a_second_backward_pass_gives_the_same_gradients(reduction: str, factor: float) -> None:
+    hidden, weight, bias, targets = inputs()
+    leaves = (hidden, weight, bias)
+    plain = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction=reduction).sum()
+    expected = torch.autograd.grad(factor * plain, leaves)
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, chunk_rows=2, reduction=reduction).sum() * factor
+    for _ in range(3):
+        got = torch.autograd.grad(loss, leaves, retain_graph=True)
+        for gradient, wanted in zip(got, expected, strict=True):
+            assert_close(gradient, wanted, rtol=1e-9)
+            gradient.fill_(7)  # it is the caller's: the next one does not come from it
