@@ -178,10 +178,7 @@ class _LinearRowLoss(torch.autograd.Function):
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    """Multiply in place; by 1, which is the usual factor, only where asking for its value would wait for a device."""
-    if gradient is None or (factor.device.type == "cpu" and factor.ndim == 0 and float(factor) == 1.0):
-        return gradient
-    return gradient.mul_(factor)
+    return None if gradient is None else gradient.mul_(factor)
 
 
 def _run_chunks(

@@ -23,6 +23,7 @@ from llmtune.losses.directions import (
     divergence_value,
     row_divergence,
 )
+from llmtune.losses.head_products import logits_into
 from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
 
 
@@ -180,7 +181,8 @@ class Divergence:
         hidden, weight, bias = tensors
         assert hidden is not None
         assert weight is not None
-        teacher = torch.mm(hidden[rows], weight.T).to(z.dtype)  # in the student's steps: equal to it where they agree
+        h = hidden[rows]  # multiplied as the student's are, so that the two are equal where they agree
+        teacher = logits_into(h.new_empty(len(h), len(weight)), h, weight).to(z.dtype)
         if bias is not None:
             teacher += bias
         slope = self._log_probabilities(z, gradients)

@@ -66,7 +66,7 @@ class GaLore(torch.optim.Optimizer):
     code keeps the moments as they are when P changes, so that a row of M goes on as if it were of another direction,
     and even of the same one with the other sign, which a decomposition chooses freely; here they go along (see
     `rotate_moments`), as in Robert et al., "LDAdam" (2024); `rotate=False` keeps them. Their P and moments have the
-    gradient's dtype, and a Python object is in the state, which `torch.load(weights_only=True)` refuses.
+    gradient's dtype, and a Python object is in the state, which torch's loading of weights only refuses.
 
     Args:
         params: parameters, or groups of them, as for any torch optimizer. A group may have its own "rank" (None for

@@ -201,8 +201,8 @@ def test_symmetric_ones_are_and_jensen_shannon_is_bounded() -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_linear_form_never_holds_all_logits(direction: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden, teacher_hidden = torch.randn(2, 101, 7, generator=generator)
-    weight, teacher_weight = torch.randn(2, 499, 7, generator=generator)
+    hidden, teacher_hidden = torch.randn(2, 101, 7, generator=generator, dtype=torch.float64)
+    weight, teacher_weight = torch.randn(2, 499, 7, generator=generator, dtype=torch.float64)
     mask = torch.arange(101) >= 101 - 47
     with Recorder() as seen:
         linear_kl_divergence(
