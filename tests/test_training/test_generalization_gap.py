@@ -182,7 +182,9 @@ def test_the_sample_is_drawn_from_the_seed_and_stays():
             callbacks=[GeneralizationGap(rows=rows, predictions=None)],
         )  # fmt: skip
         loop.model.answers.register_forward_pre_hook(lambda m, i: seen.extend(i[0].tolist()))
+        before = torch.get_rng_state()
         loop.evaluate()
+        assert torch.equal(torch.get_rng_state(), before)
         first, seen[:] = [token for token in seen if token < 29], []
         loop.evaluate()
         assert [token for token in seen if token < 29] == first
@@ -349,7 +351,7 @@ def test_what_does_not_fit_is_told():
         loop(kind=Floats).evaluate()
 
 
-def test_smoothed_classifier_with_all_kinds_of_rows():
+def test_a_class_of_minus_100_is_no_prediction():
     """-100 among classes [B] is no prediction."""
     loop = TrainingLoop(
         Table(torch.eye(5)), first_token_rows(range(5), range(5)), settings=settings(), collate=collate,
