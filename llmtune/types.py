@@ -82,6 +82,14 @@ class Callback:
         """Return what is entered for the length of an evaluation; on the way out all must be as it was."""
         return nullcontext()
 
+    def during_evaluation(self, loop: Any, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Return more means of an evaluation, by name without "eval_" before it.
+
+        Called within it, after the rows: in eval mode, with what `around_evaluation` has put in place, from a random
+        state that does not matter. `means` are those so far. All processes call it, and must return the same.
+        """
+        return {}
+
     def on_eval_end(self, loop: Any, metrics: dict[str, float]) -> None:
         """After an evaluation."""
 

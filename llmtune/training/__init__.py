@@ -8,6 +8,7 @@ from llmtune.training.checkpoint_read import read_checkpoint, verify_checkpoint
 from llmtune.training.csv_log import CsvLog
 from llmtune.training.distributed import join_processes
 from llmtune.training.early_stopping import EarlyStopping
+from llmtune.training.generalization_gap import GeneralizationGap
 from llmtune.training.gradual_unfreezing import GradualUnfreezing
 from llmtune.training.history import History
 from llmtune.training.linear_probe import LinearProbeFirst
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointWriter",
     "CsvLog",
     "EarlyStopping",
+    "GeneralizationGap",
     "GenerateSamples",
     "GradualUnfreezing",
     "History",
