@@ -3,4 +3,10 @@
 from llmtune.metrics.calibration import CalibrationBins, brier_score, expected_calibration_error, top_predictions
 from llmtune.metrics.language import perplexity
 
-__all__ = ["CalibrationBins", "brier_score", "expected_calibration_error", "perplexity", "top_predictions"]
+__all__ = [
+    "CalibrationBins",
+    "brier_score",
+    "expected_calibration_error",
+    "perplexity",
+    "top_predictions",
+]
