@@ -13,7 +13,7 @@ from llmtune.losses import CausalLMLoss, causal_lm_loss, classification_loss
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_qwen3_moe, tiny_t5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "llama"), "llama"])
 def test_steps_are_those_of_the_mean_over_all_targets(name, tmp_path):
     make, rows, collate = MODELS[name]
     loss, how = LOSSES[name]

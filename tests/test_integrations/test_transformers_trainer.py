@@ -35,7 +35,7 @@ from llmtune.training import LoopSettings, TrainingLoop
 from llmtune.types import Callback, LossFunction
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "llama"), "llama"])
 def test_steps_are_those_of_the_mean_over_all_targets(name, tmp_path):
     make, rows, collate = MODELS[name]
     loss, how = LOSSES[name]

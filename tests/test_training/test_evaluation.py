@@ -106,6 +106,7 @@ def test_only_sums_and_counts_are_kept():
     assert most == [0] * 9
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_batches():
     """Every tensor that is alive, at the third batch and at the last."""
     counts, calls = {}, []

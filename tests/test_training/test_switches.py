@@ -190,6 +190,7 @@ def test_inductor_too():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_compiling_leaves_names_and_the_model_as_they_are(tmp_path):
     torch._dynamo.reset()
     loop = run(compile="aot_eager", max_steps=1, folder=tmp_path)
