@@ -6,14 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.contrastive import IGNORED, has_classmate, supervised_contrastive_loss
-from llmtune.losses.cross_entropy import labelled_rows
 from llmtune.losses.embedding import Pooling, check_pooling, embeddings_and_output
+from llmtune.losses.rows import is_integer, labelled_rows
 from llmtune.types import Batch
 
 
@@ -101,13 +100,8 @@ class SupervisedContrastiveLoss:
 
 def _labels(batch: Batch) -> Tensor:
     labels = batch.get("labels")
-    if (
-        isinstance(labels, Tensor)
-        and labels.ndim == 1
-        and not labels.is_floating_point()
-        and labels.dtype != torch.bool
-    ):
-        return labels
+    if isinstance(labels, Tensor) and labels.ndim == 1 and is_integer(labels):
+        return labels.long()
     came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
     raise ValueError(f'the loss needs integer "labels" [B] in the batch, one class a row; got {came}')
 

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import Reduction
-from llmtune.losses.rows import check_reduction, counted, log_sum_outside, reduced, rows_that_count
+from llmtune.losses.rows import (
+    Reduction,
+    check_reduction,
+    counted,
+    is_integer,
+    log_sum_outside,
+    reduced,
+    rows_that_count,
+)
 
 
 def top_k_log_probabilities(logits: Tensor, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -153,7 +160,7 @@ def _check_shapes(student: Tensor, logprobs: Tensor, indices: Tensor) -> None:
             "expected student [..., V], teacher_logprobs and teacher_indices [..., k]; got "
             f"{[*student.shape]}, {[*logprobs.shape]} and {[*indices.shape]}"
         )
-    if indices.is_floating_point() or indices.dtype == torch.bool:
+    if not is_integer(indices):
         raise TypeError(f"teacher_indices must be integers; got {indices.dtype}")
     if not 1 <= indices.shape[-1] <= student.shape[-1]:
         raise ValueError(
