@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.rows import Reduction, check_reduction, is_integer, reduced
+from llmtune.losses.rows import Reduction, check_reduction, check_temperature, is_integer, reduced
 
 Distance = Literal["euclidean", "cosine"]
 IGNORED = -100
@@ -232,6 +231,5 @@ def _class_labels(name: str, rows: Tensor, labels: Tensor) -> Tensor:
 
 
 def _check_options(temperature: float, reduction: str) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number larger than 0; got {temperature}")
+    check_temperature(temperature)
     check_reduction(reduction)

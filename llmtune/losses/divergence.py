@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from llmtune.losses.directions import (
     row_divergence,
 )
 from llmtune.losses.head_products import logits_into
-from llmtune.losses.rows import Reduction, check_reduction, counted, reduced, rows_that_count
+from llmtune.losses.rows import Reduction, check_reduction, check_temperature, counted, reduced, rows_that_count
 
 
 def kl_divergence(
@@ -153,8 +152,7 @@ class Divergence:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be a finite number larger than 0; got {self.temperature}")
+        check_temperature(self.temperature)
         check_direction(self.direction)
         check_after_head(self.softcap, self.logit_scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +15,12 @@ def check_reduction(reduction: str) -> None:
     """Raise ValueError where the reduction is unknown."""
     if reduction not in get_args(Reduction):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError where the temperature is not finite and larger than 0."""
+    if not (temperature > 0.0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a finite number larger than 0; got {temperature}")
 
 
 def is_integer(tensor: Tensor) -> bool:

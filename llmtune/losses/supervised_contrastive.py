@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.contrastive import IGNORED, has_classmate, supervised_contrastive_loss
 from llmtune.losses.embedding import Pooling, check_pooling, embeddings_and_output
-from llmtune.losses.rows import is_integer, labelled_rows
+from llmtune.losses.rows import check_temperature, is_integer, labelled_rows
 from llmtune.types import Batch
 
 
@@ -53,8 +52,7 @@ class SupervisedContrastiveLoss:
     pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be a finite number larger than 0; got {self.temperature}")
+        check_temperature(self.temperature)
         if not 0.0 < self.weight <= 1.0:
             raise ValueError(
                 f"weight must be above 0 and at most 1 (0 would be classification_loss); got {self.weight}"

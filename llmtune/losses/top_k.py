@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ def top_k_log_probabilities(logits: Tensor, k: int, *, temperature: float = 1.0)
         >>> indices.tolist()
         [[1, 2]]
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     V = logits.shape[-1] if logits.ndim else 0
     if not 1 <= k <= V:
         raise ValueError(f"k must be between 1 and the vocabulary's size {V}; got {k}")
@@ -102,7 +100,7 @@ def top_k_kl_divergence(
         >>> torch.allclose(top_k_kl_divergence(student, *top_k_log_probabilities(teacher, 7)), full)
         True
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     check_reduction(reduction)
     _check_shapes(student, teacher_logprobs, teacher_indices)
     shape = student.shape[:-1]
@@ -166,8 +164,3 @@ def _check_shapes(student: Tensor, logprobs: Tensor, indices: Tensor) -> None:
         raise ValueError(
             f"the teacher needs between 1 and V = {student.shape[-1]} classes a row; got {indices.shape[-1]}"
         )
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (temperature > 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number larger than 0; got {temperature}")
