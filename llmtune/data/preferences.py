@@ -101,8 +101,8 @@ def _ids(value: Any, name: str, index: int) -> list[int]:
         ids = torch.empty(0)
     if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
         raise ValueError(
-            f'pair {index} has a "prompt", so "{name}" must be token ids [n], n > 0, none below 0; got {value!r:.80}. Whole '
-            'rows with "input_ids" and "labels" go without "prompt"'
+            f'pair {index} has a "prompt", so "{name}" must be token ids [n], n > 0, none below 0; got {value!r:.80}. '
+            'Whole rows with "input_ids" and "labels" go without "prompt"'
         )
     found: list[int] = ids.tolist()
     return found

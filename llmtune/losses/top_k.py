@@ -9,6 +9,7 @@ from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.rows import (
     Reduction,
     check_reduction,
+    check_temperature,
     counted,
     is_integer,
     log_sum_outside,

@@ -331,3 +331,14 @@ def test_a_float16_head_takes_a_large_sum() -> None:
     loss = linear_cross_entropy(hidden, weight, torch.zeros(rows).long(), reduction="sum")
     (grad,) = torch.autograd.grad(loss / rows, weight)
     assert_close(grad.double(), torch.tensor([[-2.0], [1.0], [1.0]]).double().expand(3, 2) * 40 / 3, rtol=1e-3)
+
+
+def test_a_float16_head_takes_large_factors_of_rows() -> None:
+    """A loss scaler's 4096 on every row is within float16, and must not be made larger on the way."""
+    hidden, weight, _, targets = inputs(torch.float16)
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="none", chunk_rows=5)
+    grads = torch.autograd.grad((loss * 4096).sum(), (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum"), exact)
+    for grad, want in zip(grads, wanted, strict=True):
+        assert_close(grad.double() / 4096, want, rtol=5e-3)
