@@ -93,6 +93,8 @@ def test_the_teacher_gets_no_gradient_from_the_linear_form() -> None:
     hidden, weight, _, teacher_hidden, teacher_weight, _ = heads()
     linear_kl_divergence(hidden, weight, teacher_hidden, teacher_weight).backward()
     assert hidden.grad is not None
+    loss = linear_kl_divergence(hidden, weight, teacher_hidden, teacher_weight)
+    torch.autograd.grad(loss, hidden, create_graph=True)[0].sum().backward()  # nor from the second derivative
     assert teacher_hidden.grad is None
     assert teacher_weight.grad is None
 
