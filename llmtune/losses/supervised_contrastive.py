@@ -40,6 +40,7 @@ class SupervisedContrastiveLoss:
         ValueError: an option is out of range.
 
     Example:
+        >>> import torch
         >>> from llmtune.testing.models import tiny_bert
         >>> batch = {"input_ids": torch.tensor([[5, 7, 11], [3, 2, 1], [5, 2, 9]]), "labels": torch.tensor([1, 0, 1])}
         >>> loss, parts = SupervisedContrastiveLoss(weight=0.9, temperature=0.3)(tiny_bert(labels=2), batch)
