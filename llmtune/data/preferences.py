@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ def collate_preferences(
 
     Raises:
         ValueError: there are no rows; a row lacks a side, has an unknown field, has an answer without labels, or has
-            reference numbers that others lack; or `collate_padded` raises. Names row and field.
+            reference numbers that others lack or that are not finite; or `collate_padded` raises. Names row and field.
 
     Example:
         >>> pair = {"prompt": [5, 7], "chosen": [11, 2], "rejected": [13, 17, 2]}
@@ -59,12 +60,14 @@ def collate_preferences(
         if any(having):
             if not all(having):
                 raise ValueError(f'row {having.index(False)} has no "{name}" and others have: give it for all, or none')
-            batch[name] = torch.tensor([float(row[name]) for row in rows])
+            batch[name] = torch.tensor([_number(row[name], name, index) for index, row in enumerate(rows)])
     return batch
 
 
 def _answer(row: Mapping[str, Any], side: str, index: int) -> dict[str, Any]:
     """Return one side of a pair as a row with "input_ids" and "labels"."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"pair {index} must be a dictionary of {', '.join(FIELDS)}; got {row!r:.80}")
     unknown = [name for name in row if name not in FIELDS]
     if unknown:
         raise ValueError(
@@ -96,10 +99,25 @@ def _ids(value: Any, name: str, index: int) -> list[int]:
         ids = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         ids = torch.empty(0)
-    if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+    if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool or bool((ids < 0).any()):
         raise ValueError(
-            f'pair {index} has a "prompt", so "{name}" must be token ids [n], n > 0; got {value!r:.80}. Whole rows '
-            'with "input_ids" and "labels" go without "prompt"'
+            f'pair {index} has a "prompt", so "{name}" must be token ids [n], n > 0, none below 0; got {value!r:.80}. '
+            'Whole rows with "input_ids" and "labels" go without "prompt"'
         )
     found: list[int] = ids.tolist()
     return found
+
+
+def _number(value: Any, name: str, index: int) -> float:
+    """Return a log-probability as a float.
+
+    Raises:
+        ValueError: it is no finite number.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f'pair {index}: "{name}" must be a finite number, a log-probability; got {value!r:.80}')
+    return number

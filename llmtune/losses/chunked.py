@@ -19,6 +19,7 @@ from llmtune.losses.head_products import add_head_gradient, gradient_into, logit
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
 FEWEST_ROWS = 64  # every chunk reads the whole head: it must be worth its while
+FLOAT16_FACTOR = 2.0**-5  # neither makes large gradients infinite nor small ones 0, as 1 / N would
 CACHE_BYTES = 2**20  # a CPU works through a chunk this much at a time, so that a row is read from memory once
 
 
@@ -73,7 +74,8 @@ def linear_row_loss(
         tensors: handed to `loss`; they get no gradient.
         per_row: return [N] instead of the sum. The head's gradient is then computed in the backward pass, from logits
             made once more.
-        factor: 1 / N for a mean; taken in before the gradients are rounded to their type.
+        factor: 1 / N for a mean; taken in before the gradients are rounded to their type, but for float16: there it
+            comes in the backward pass, together with a loss scaler's, so that small gradients do not become 0.
         chunk_rows: rows of logits held at once; left out, as `default_chunk_rows` says.
 
     Returns:
@@ -86,8 +88,9 @@ def linear_row_loss(
         raise ValueError(f"chunk_rows must be 1 or more; got {rows}")
     asked = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     wanted = asked if torch.is_grad_enabled() else (False, False, False)
-    result: Tensor = _LinearRowLoss.apply(hidden, weight, bias, loss, per_row, factor, rows, wanted, *tensors)[0]
-    return result
+    early = FLOAT16_FACTOR if dtype == torch.float16 and not per_row else factor
+    result: Tensor = _LinearRowLoss.apply(hidden, weight, bias, loss, per_row, early, rows, wanted, *tensors)[0]
+    return result if early == factor else result * (factor / early)
 
 
 def default_chunk_rows(weight: Tensor, buffers: int) -> int:
@@ -193,7 +196,10 @@ def _run_chunks(
     factor: float,
     row_factors: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Return the rows' losses [N] and the wanted gradients of their sum times `factor` and, if given, `row_factors`."""
+    """Return the rows' losses [N] and the wanted gradients of their sum times `factor` and, if given, `row_factors`.
+
+    A float16 head's gradient comes in float32: only what the backward pass multiplies it by brings it into range.
+    """
     N, V = len(hidden), len(weight)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = hidden.new_empty(N, dtype=wide)
@@ -227,7 +233,7 @@ def _run_chunks(
         d_weight.zero_()
     return losses, (
         d_hidden,
-        None if d_weight is None else d_weight.to(weight.dtype),
+        d_weight if d_weight is None or weight.dtype == torch.float16 else d_weight.to(weight.dtype),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),
     )
 
@@ -249,9 +255,14 @@ def _plain_gradients(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, weight and bias, differentiable once more."""
-    z = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+    # views, for hidden may come from the weight itself (a head tied to the embedding): that way has its own gradient
+    own = [None if tensor is None else tensor.view_as(tensor) for tensor in (hidden, weight, bias)]
+    h, w, b = own
+    assert h is not None
+    assert w is not None
+    z = F.linear(h, w, None if b is None else b.to(w.dtype))
     losses = loss.plain(at_least_float32(z), tensors)
-    inputs = [tensor for tensor, need in zip((hidden, weight, bias), needs, strict=True) if need and tensor is not None]
+    inputs = [tensor for tensor, need in zip(own, needs, strict=True) if need and tensor is not None]
     outputs = losses if grad.ndim else losses.sum()
     found = iter(torch.autograd.grad(outputs, inputs, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needs)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows
+from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import model_inputs
+from llmtune.losses.rows import is_integer, labelled_rows
 from llmtune.modules import unwrap
 from llmtune.types import Batch
 
@@ -132,7 +133,7 @@ def _labels(batch: Batch) -> Tensor:
     if not isinstance(labels, Tensor) or labels.ndim == 0:
         came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
         raise ValueError(f'the loss needs "labels" in the batch, a tensor with one row a row of inputs; got {came}')
-    return labels
+    return labels.long() if is_integer(labels) else labels
 
 
 classification_loss = ClassificationLoss()

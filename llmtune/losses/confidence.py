@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from llmtune.losses.causal_lm import CausalLMLoss, causal_lm_loss
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.classification import ClassificationLoss, class_rows
-from llmtune.losses.cross_entropy import CrossEntropy, Reduction, scaled_and_capped
+from llmtune.losses.cross_entropy import CrossEntropy, scaled_and_capped
 from llmtune.losses.masked_lm import MaskedLMLoss
-from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
+from llmtune.losses.rows import Reduction, check_reduction, counted, reduced, rows_that_count
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
 from llmtune.losses.token_loss import head_loss
 from llmtune.types import Batch

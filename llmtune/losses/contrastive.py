@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import REDUCTIONS, Reduction
+from llmtune.losses.rows import Reduction, check_reduction, check_temperature, is_integer, reduced
 
 Distance = Literal["euclidean", "cosine"]
 IGNORED = -100
@@ -53,7 +52,7 @@ def supervised_contrastive_loss(
         >>> bool(supervised_contrastive_loss(apart, torch.tensor([0, 1, 0, 1])) > 9)
         True
     """
-    _check_rows("embeddings", embeddings, labels)
+    labels = _class_labels("embeddings", embeddings, labels)
     _check_options(temperature, reduction)
     labelled, anchors = (labels != IGNORED).nonzero().squeeze(1), has_classmate(labels).nonzero().squeeze(1)
     if reduction == "mean" and len(anchors) == 0:
@@ -66,9 +65,7 @@ def supervised_contrastive_loss(
     z = similarities(embeddings.index_select(0, anchors), embeddings.index_select(0, labelled)) / temperature
     log_p = z - z.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
     losses = -torch.where(classmates, log_p, 0.0).sum(1) / classmates.sum(1)
-    if reduction == "none":
-        return losses.new_zeros(len(labels)).index_copy(0, anchors, losses)
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return reduced(losses, anchors, labels.shape, reduction)
 
 
 def info_nce_loss(
@@ -123,9 +120,7 @@ def info_nce_loss(
             raise ValueError(f"expected ids [{M}], one for each key; got {[*ids.shape]}")
         z = z.masked_fill((ids[:N, None] == ids) & ~own, -torch.inf)
     losses = z.logsumexp(1) - z.diagonal()
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return reduced(losses, None, losses.shape, reduction)
 
 
 def prototypical_loss(
@@ -173,8 +168,8 @@ def prototypical_loss(
         >>> torch.allclose(loss, torch.tensor(-19.0).exp().log1p())
         True
     """
-    _check_rows("support", support, support_labels)
-    _check_rows("queries", queries, query_labels)
+    support_labels = _class_labels("support", support, support_labels)
+    query_labels = _class_labels("queries", queries, query_labels)
     _check_options(temperature, reduction)
     if distance not in ("euclidean", "cosine"):
         raise ValueError(f'distance must be "euclidean" or "cosine"; got {distance!r}')
@@ -197,9 +192,7 @@ def prototypical_loss(
     else:
         z = (similarities(asked, prototypes) - 1) / temperature
     losses = F.cross_entropy(z, targets, reduction="none")
-    if reduction == "none":
-        return losses.new_zeros(len(queries)).index_copy(0, rows, losses)
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return reduced(losses, rows, query_labels.shape, reduction)
 
 
 def has_classmate(labels: Tensor) -> Tensor:
@@ -210,8 +203,9 @@ def has_classmate(labels: Tensor) -> Tensor:
 def similarities(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosines [n, m] of rows [n, E] and rows [m, E], in at least float32, also under autocast."""
     a, b = F.normalize(at_least_float32(a), dim=1), F.normalize(at_least_float32(b), dim=1)
+    wide = torch.promote_types(a.dtype, b.dtype)
     with torch.autocast(a.device.type, enabled=False):
-        return a @ b.T
+        return a.to(wide) @ b.to(wide).T
 
 
 def _prototypes(support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,15 +221,15 @@ def _prototypes(support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return classes, kept.new_zeros(len(classes), kept.shape[1]).index_add(0, place, kept) / counts[:, None]
 
 
-def _check_rows(name: str, rows: Tensor, labels: Tensor) -> None:
+def _class_labels(name: str, rows: Tensor, labels: Tensor) -> Tensor:
+    """Return the labels [N] in int64; raise where they are no integers, one for each row [N, E]."""
     if rows.ndim != 2 or labels.shape != rows.shape[:1]:
         raise ValueError(f"expected {name} [N, E] and their labels [N]; got {[*rows.shape]} and {[*labels.shape]}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+    if not is_integer(labels):
         raise TypeError(f"the labels of {name} must be integers, one class each; got {labels.dtype}")
+    return labels.long()
 
 
 def _check_options(temperature: float, reduction: str) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number larger than 0; got {temperature}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_temperature(temperature)
+    check_reduction(reduction)

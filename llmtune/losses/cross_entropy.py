@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import linear_row_loss
-
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS = ("mean", "sum", "none")
+from llmtune.losses.rows import Reduction, check_reduction, labelled_rows, reduced
 
 
 def linear_cross_entropy(
@@ -71,8 +68,7 @@ def linear_cross_entropy(
     N, V = len(hidden), len(weight)
     if targets.shape != (N,):
         raise ValueError(f"expected targets [{N}], one for each row of hidden; got {tuple(targets.shape)}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_reduction(reduction)
     loss = CrossEntropy(label_smoothing, z_loss, softcap, logit_scale)
     rows = labelled_rows(targets, V, ignore_index=ignore_index)
     if rows is not None:
@@ -83,7 +79,7 @@ def linear_cross_entropy(
     value = linear_row_loss(
         hidden, weight, bias, loss, (targets,), per_row=per_row, factor=factor, chunk_rows=chunk_rows
     )
-    return value if not per_row or rows is None else value.new_zeros(N).index_copy(0, rows, value)
+    return reduced(value, rows, torch.Size((N,)), "none") if per_row else value
 
 
 @dataclass(frozen=True)
@@ -103,9 +99,7 @@ class CrossEntropy:
             raise ValueError(f"label_smoothing must be between 0 and 1; got {self.label_smoothing}")
         if not (self.z_loss >= 0.0 and math.isfinite(self.z_loss)):
             raise ValueError(f"z_loss must be a finite number, 0 or more; got {self.z_loss}")
-        check_softcap(self.softcap)
-        if not (math.isfinite(self.logit_scale) and self.logit_scale != 0.0):
-            raise ValueError(f"logit_scale must be a finite number other than 0; got {self.logit_scale}")
+        check_after_head(self.softcap, self.logit_scale)
 
     def after_head(self, softcap: float | None, logit_scale: float) -> CrossEntropy:
         """Return the same for logits that are scaled and capped first."""
@@ -156,41 +150,18 @@ class CrossEntropy:
         return loss + self.z_loss * z.logsumexp(-1).square() if self.z_loss else loss
 
 
-def labelled_rows(targets: Tensor, V: int, *, ignore_index: int = -100) -> Tensor | None:
-    """Return the indices [n] of the rows that carry a label, or None where all do.
-
-    Args:
-        targets: [N] integers.
-        V: the number of classes.
-        ignore_index: the target of a row without a label.
-
-    Raises:
-        ValueError: a target is neither `ignore_index` nor in 0 ... V - 1; names the first.
-        TypeError: the targets are no integers.
-    """
-    if targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be integers; got {targets.dtype}")
-    valid = targets != ignore_index
-    wrong = valid & ((targets < 0) | (targets >= V))
-    labelled, misplaced = torch.stack([valid.sum(), wrong.sum()]).tolist()  # one wait for the device instead of two
-    if misplaced:
-        first = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"targets must be in 0 ... {V - 1} or ignore_index={ignore_index}; target {first} is {int(targets[first])}"
-        )
-    return None if labelled == len(targets) else valid.nonzero().squeeze(1)
-
-
 def scaled_and_capped(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
     """Return softcap * tanh(logit_scale * z / softcap), or logit_scale * z without a soft cap."""
     z = z if logit_scale == 1.0 else z * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def check_softcap(softcap: float | None) -> None:
-    """Raise ValueError where the soft cap is neither None nor finite and larger than 0."""
+def check_after_head(softcap: float | None, logit_scale: float) -> None:
+    """Raise ValueError where the soft cap is neither None nor finite and above 0, or the scale is 0 or not finite."""
     if softcap is not None and not (softcap > 0.0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be finite and larger than 0, or None; got {softcap}")
+    if not (math.isfinite(logit_scale) and logit_scale != 0.0):
+        raise ValueError(f"logit_scale must be a finite number other than 0; got {logit_scale}")
 
 
 def check_linear_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

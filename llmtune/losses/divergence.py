@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32, compute_dtype, linear_row_loss
-from llmtune.losses.cross_entropy import (
-    Reduction,
-    check_linear_shapes,
-    check_softcap,
-    scaled_and_capped,
-)
+from llmtune.losses.cross_entropy import check_after_head, check_linear_shapes, scaled_and_capped
 from llmtune.losses.directions import (
     Direction,
     check_direction,
@@ -24,7 +18,7 @@ from llmtune.losses.directions import (
     row_divergence,
 )
 from llmtune.losses.head_products import logits_into
-from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
+from llmtune.losses.rows import Reduction, check_reduction, check_temperature, counted, reduced, rows_that_count
 
 
 def kl_divergence(
@@ -141,7 +135,7 @@ def linear_kl_divergence(
     fixed = (
         teacher_hidden.detach().to(dtype),
         teacher_weight.detach().to(dtype),
-        None if teacher_bias is None else teacher_bias.detach().to(dtype),
+        None if teacher_bias is None else teacher_bias.detach(),
     )
     per_row, factor = reduction == "none", 1 / len(hidden) if reduction == "mean" else 1.0
     value = linear_row_loss(hidden, weight, bias, loss, fixed, per_row=per_row, factor=factor, chunk_rows=chunk_rows)
@@ -158,10 +152,9 @@ class Divergence:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be a finite number larger than 0; got {self.temperature}")
+        check_temperature(self.temperature)
         check_direction(self.direction)
-        check_softcap(self.softcap)
+        check_after_head(self.softcap, self.logit_scale)
 
     @property
     def takes_few_rows(self) -> bool:
@@ -181,7 +174,7 @@ class Divergence:
         hidden, weight, bias = tensors
         assert hidden is not None
         assert weight is not None
-        h = hidden[rows]  # multiplied as the student's are, so that the two are equal where they agree
+        h = hidden[rows]  # in the student's steps: equal to it, bit for bit, where they agree
         teacher = logits_into(h.new_empty(len(h), len(weight)), h, weight).to(z.dtype)
         if bias is not None:
             teacher += bias
@@ -213,7 +206,7 @@ class Divergence:
         hidden, weight, bias = tensors
         assert hidden is not None
         assert weight is not None
-        teacher = at_least_float32(F.linear(hidden, weight, bias))
+        teacher = at_least_float32(F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)))
         return self.of_logits(
             scaled_and_capped(z, self.logit_scale, self.softcap),
             scaled_and_capped(teacher.to(z.dtype), self.logit_scale, self.softcap),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from llmtune.losses.causal_lm import CausalLMLoss, causal_lm_loss
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import CrossEntropy, Reduction
+from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.masked_lm import MaskedLMLoss
-from llmtune.losses.rows import check_reduction, counted, reduced, rows_that_count
+from llmtune.losses.rows import Reduction, check_reduction, counted, reduced, rows_that_count
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
 from llmtune.losses.token_loss import head_loss
-from llmtune.modules import eval_mode
+from llmtune.modules import reference_pass
 from llmtune.types import Batch
 
 Kind = Literal["mse", "cosine"]
@@ -158,7 +157,7 @@ class FeatureDistillationLoss:
                     "the projection is no part of the model, so nothing would train or save it: register it "
                     "(model.projection = projection) before the optimizer is made, or freeze it"
                 )
-        with _untouched(self.teacher):
+        with reference_pass(self.teacher):
             wanted, _, _ = self.loss.before_head(self.teacher, batch)
         hidden, head, targets = self.loss.before_head(model, batch)
         task_loss = head_loss(hidden, head, targets, CrossEntropy(self.loss.label_smoothing, self.loss.z_loss))
@@ -171,18 +170,6 @@ class FeatureDistillationLoss:
     def count_targets(self, batch: Batch) -> int:
         """Return over how many targets the mean is taken: the loss's own count."""
         return self.loss.count_targets(batch)
-
-
-@contextmanager
-def _untouched(teacher: nn.Module) -> Iterator[None]:
-    """Run a teacher in eval mode, without gradients; modes and random state are put back."""
-    device = next(teacher.parameters()).device
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with eval_mode(teacher), torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
-        yield
-    if torch.is_autocast_enabled(device.type):
-        torch.clear_autocast_cache()  # before torch 2.11 a student of shared weights is given casts without graph
 
 
 def _direction(x: Tensor) -> Tensor:

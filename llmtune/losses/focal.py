@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.classification import ClassificationLoss, class_rows
-from llmtune.losses.cross_entropy import Reduction, labelled_rows
-from llmtune.losses.rows import check_reduction, log_sum_outside, reduced
+from llmtune.losses.rows import Reduction, check_reduction, labelled_rows, log_sum_outside, reduced
 from llmtune.types import Batch
 
 
@@ -111,7 +110,7 @@ class FocalLoss:
     def __post_init__(self) -> None:
         _check_gamma(self.gamma)
         if self.class_weights is not None:
-            object.__setattr__(self, "class_weights", tuple(self.class_weights))
+            object.__setattr__(self, "class_weights", tuple(float(w) for w in self.class_weights))
             weights = torch.tensor(self.class_weights)
             check_class_weights(weights, len(weights))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import REDUCTIONS, Reduction
+from llmtune.losses.rows import Reduction, check_reduction, reduced
 from llmtune.losses.sequence import sequence_log_probabilities
 from llmtune.modules import reference_pass, unwrap
 from llmtune.types import Batch
@@ -74,8 +74,7 @@ def dpo_loss(
         0.6931
     """
     _check_options(beta, kind, label_smoothing)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_reduction(reduction)
     four = (chosen, rejected, reference_chosen, reference_rejected)
     if chosen.ndim != 1 or any(given.shape != chosen.shape for given in four):
         raise ValueError(
@@ -92,9 +91,7 @@ def dpo_loss(
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * gap)
         if label_smoothing:
             losses = losses - label_smoothing * F.logsigmoid(-beta * gap)
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return reduced(losses, None, losses.shape, reduction)
 
 
 @dataclass(frozen=True)

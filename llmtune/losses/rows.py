@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-from llmtune.losses.cross_entropy import REDUCTIONS, Reduction
+Reduction = Literal["mean", "sum", "none"]
 
 
 def check_reduction(reduction: str) -> None:
     """Raise ValueError where the reduction is unknown."""
-    if reduction not in REDUCTIONS:
+    if reduction not in get_args(Reduction):
         raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError where the temperature is not finite and larger than 0."""
+    if not (temperature > 0.0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a finite number larger than 0; got {temperature}")
+
+
+def is_integer(tensor: Tensor) -> bool:
+    """Return whether a tensor holds integers; booleans are none."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def labelled_rows(targets: Tensor, V: int, *, ignore_index: int = -100) -> Tensor | None:
+    """Return the indices [n] of the rows that carry a label, or None where all do.
+
+    Args:
+        targets: [N] integers.
+        V: the number of classes.
+        ignore_index: the target of a row without a label.
+
+    Raises:
+        ValueError: a target is neither `ignore_index` nor in 0 ... V - 1; names the first.
+        TypeError: the targets are no integers.
+    """
+    if not is_integer(targets):
+        raise TypeError(f"targets must be integers; got {targets.dtype}")
+    targets = targets.long()  # a narrower type may not hold V, or the index of what is ignored
+    valid = targets != ignore_index
+    wrong = valid & ((targets < 0) | (targets >= V))
+    labelled, misplaced = torch.stack([valid.sum(), wrong.sum()]).tolist()  # one wait for the device instead of two
+    if misplaced:
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets must be in 0 ... {V - 1} or ignore_index={ignore_index}; target {first} is {int(targets[first])}"
+        )
+    return None if labelled == len(targets) else valid.nonzero().squeeze(1)
 
 
 def rows_that_count(mask: Tensor | None, shape: torch.Size, reduction: Reduction) -> Tensor | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.contrastive import IGNORED, has_classmate, supervised_contrastive_loss
-from llmtune.losses.cross_entropy import labelled_rows
 from llmtune.losses.embedding import Pooling, check_pooling, embeddings_and_output
+from llmtune.losses.rows import check_temperature, is_integer, labelled_rows
 from llmtune.types import Batch
 
 
@@ -42,6 +40,7 @@ class SupervisedContrastiveLoss:
         ValueError: an option is out of range.
 
     Example:
+        >>> import torch
         >>> from llmtune.testing.models import tiny_bert
         >>> batch = {"input_ids": torch.tensor([[5, 7, 11], [3, 2, 1], [5, 2, 9]]), "labels": torch.tensor([1, 0, 1])}
         >>> loss, parts = SupervisedContrastiveLoss(weight=0.9, temperature=0.3)(tiny_bert(labels=2), batch)
@@ -54,8 +53,7 @@ class SupervisedContrastiveLoss:
     pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be a finite number larger than 0; got {self.temperature}")
+        check_temperature(self.temperature)
         if not 0.0 < self.weight <= 1.0:
             raise ValueError(
                 f"weight must be above 0 and at most 1 (0 would be classification_loss); got {self.weight}"
@@ -101,13 +99,8 @@ class SupervisedContrastiveLoss:
 
 def _labels(batch: Batch) -> Tensor:
     labels = batch.get("labels")
-    if (
-        isinstance(labels, Tensor)
-        and labels.ndim == 1
-        and not labels.is_floating_point()
-        and labels.dtype != torch.bool
-    ):
-        return labels
+    if isinstance(labels, Tensor) and labels.ndim == 1 and is_integer(labels):
+        return labels.long()
     came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
     raise ValueError(f'the loss needs integer "labels" [B] in the batch, one class a row; got {came}')
 

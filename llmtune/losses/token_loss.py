@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.losses.chunked import RowLoss, at_least_float32, default_chunk_rows, linear_row_loss
-from llmtune.losses.cross_entropy import REDUCTIONS, CrossEntropy, Reduction, labelled_rows
+from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import Head
+from llmtune.losses.rows import Reduction, check_reduction, is_integer, labelled_rows, reduced
 from llmtune.modules import unwrap
 from llmtune.types import Batch
 
@@ -73,8 +74,7 @@ def head_loss(
     Raises:
         ValueError: a label is out of range, or no position carries a label and the mean is asked for.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}')
+    check_reduction(reduction)
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             f"the model's head is given hidden states {[*hidden.shape]}, which do not match the targets "
@@ -93,11 +93,7 @@ def head_loss(
     else:
         losses = _losses_in_chunks(rows, head, wanted, loss)
         losses = losses if reduction == "none" else losses.sum() * factor
-    if reduction != "none":
-        return losses
-    if labelled is not None:
-        losses = losses.new_zeros(targets.numel()).index_copy(0, labelled, losses)
-    return losses.reshape(targets.shape)
+    return reduced(losses, labelled, targets.shape, "none") if reduction == "none" else losses
 
 
 def _losses_in_chunks(rows: Tensor, head: Head, targets: Tensor, loss: TargetLoss) -> Tensor:
@@ -151,7 +147,7 @@ def token_labels(batch: Batch) -> Tensor:
         ValueError: the batch has no "labels" [B, T] of integers.
     """
     labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-        return labels
+    if isinstance(labels, Tensor) and labels.ndim == 2 and is_integer(labels):
+        return labels.long()  # in a narrower type a token may look like -100
     came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
     raise ValueError(f'the loss needs integer "labels" [B, T] in the batch, one a token; got {came}')

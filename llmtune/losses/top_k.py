@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import Reduction
-from llmtune.losses.rows import check_reduction, counted, log_sum_outside, reduced, rows_that_count
+from llmtune.losses.rows import (
+    Reduction,
+    check_reduction,
+    check_temperature,
+    counted,
+    is_integer,
+    log_sum_outside,
+    reduced,
+    rows_that_count,
+)
 
 
 def top_k_log_probabilities(logits: Tensor, k: int, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -36,7 +42,7 @@ def top_k_log_probabilities(logits: Tensor, k: int, *, temperature: float = 1.0)
         >>> indices.tolist()
         [[1, 2]]
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     V = logits.shape[-1] if logits.ndim else 0
     if not 1 <= k <= V:
         raise ValueError(f"k must be between 1 and the vocabulary's size {V}; got {k}")
@@ -95,7 +101,7 @@ def top_k_kl_divergence(
         >>> torch.allclose(top_k_kl_divergence(student, *top_k_log_probabilities(teacher, 7)), full)
         True
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     check_reduction(reduction)
     _check_shapes(student, teacher_logprobs, teacher_indices)
     shape = student.shape[:-1]
@@ -153,14 +159,9 @@ def _check_shapes(student: Tensor, logprobs: Tensor, indices: Tensor) -> None:
             "expected student [..., V], teacher_logprobs and teacher_indices [..., k]; got "
             f"{[*student.shape]}, {[*logprobs.shape]} and {[*indices.shape]}"
         )
-    if indices.is_floating_point() or indices.dtype == torch.bool:
+    if not is_integer(indices):
         raise TypeError(f"teacher_indices must be integers; got {indices.dtype}")
     if not 1 <= indices.shape[-1] <= student.shape[-1]:
         raise ValueError(
             f"the teacher needs between 1 and V = {student.shape[-1]} classes a row; got {indices.shape[-1]}"
         )
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (temperature > 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number larger than 0; got {temperature}")

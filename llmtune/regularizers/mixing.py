@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import labelled_rows
+from llmtune.losses.rows import labelled_rows
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from llmtune.losses.causal_lm import CausalLMLoss
 from llmtune.losses.chunked import at_least_float32, default_chunk_rows
 from llmtune.losses.classification import ClassificationLoss
-from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows
+from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import Head, hidden_before_head, model_inputs
 from llmtune.losses.masked_lm import MaskedLMLoss
+from llmtune.losses.rows import labelled_rows
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss, decoder_inputs
 from llmtune.losses.token_loss import check_language_model, token_labels
 from llmtune.modules import unwrap

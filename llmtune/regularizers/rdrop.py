@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.cross_entropy import CrossEntropy, labelled_rows
+from llmtune.losses.cross_entropy import CrossEntropy
+from llmtune.losses.rows import labelled_rows
 from llmtune.modules import unwrap
 from llmtune.regularizers.predictions import Kind, Predictions, check_kind, hard_loss, predictions_of, sum_over_rows
 from llmtune.regularizers.random_state import random_state, same_state

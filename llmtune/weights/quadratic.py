@@ -149,7 +149,11 @@ def _plain_gradients(
     tensors: list[Any],
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Return the gradients of weight and factors as functions of them, so that they can be differentiated again."""
+    """Return the gradients of weight and factors as functions of them, so that they can be differentiated again.
+
+    They are taken by aliases: one factor may stand twice, or be made from another, and each gets its own share.
+    """
+    tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     weight, *flat = tensors
     dtype = _wide(weight, *flat)
     e = sum(

@@ -67,7 +67,10 @@ def test_an_encoder_decoders_labels_have_their_own_length() -> None:
         ([], "there are no rows"),
         ([{"prompt": [5], "chosen": [7]}], 'pair 0 has no "rejected"; its fields are chosen, prompt'),
         ([PAIRS[0], {**PAIRS[1], "choosen": [1]}], r'pair 1 has a field "choosen".*Did you mean "chosen"'),
-        ([{"prompt": "Hi", "chosen": [5], "rejected": [7]}], r'so "prompt" must be token ids \[n\], n > 0; got \'Hi\''),
+        (
+            [{"prompt": "Hi", "chosen": [5], "rejected": [7]}],
+            r'so "prompt" must be token ids \[n\], n > 0, none below 0; got \'Hi\'',
+        ),
         ([{"prompt": [5], "chosen": [], "rejected": [7]}], r'pair 0 has a "prompt", so "chosen" must be token ids'),
         ([{"chosen": [5], "rejected": [7]}], r'no "prompt", so "chosen" must be a row with "input_ids" and "labels"'),
         (
@@ -77,6 +80,15 @@ def test_an_encoder_decoders_labels_have_their_own_length() -> None:
         (
             [{**PAIRS[0], "reference_chosen": -1.0}, PAIRS[1]],
             'row 1 has no "reference_chosen" and others have: give it for all, or none',
+        ),
+        ([PAIRS[0], [5, 7]], r"pair 1 must be a dictionary of prompt, chosen, .*; got \[5, 7\]"),
+        ([{"prompt": [5], "chosen": [-100], "rejected": [7]}], r'so "chosen" must be token ids .*; got \[-100\]'),
+        *(
+            (
+                [PAIRS[0] | {"reference_chosen": value, "reference_rejected": -1.0}],
+                f'pair 0: "reference_chosen" must be a finite number, a log-probability; got {value!r}',
+            )
+            for value in ("x", None, float("nan"), float("-inf"))
         ),
     ],
 )

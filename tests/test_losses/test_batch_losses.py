@@ -218,3 +218,10 @@ def test_a_configuration_that_contradicts_the_labels() -> None:
 def test_options_are_checked_at_once(loss: Any) -> None:
     with pytest.raises(ValueError, match="label_smoothing must be between 0 and 1; got 2"):
         loss(label_smoothing=2.0)
+
+
+@pytest.mark.parametrize("loss", [causal_lm_loss, masked_lm_loss, sequence_to_sequence_loss, classification_loss])
+def test_a_byte_that_looks_like_the_ignored_label_counts(loss: Any) -> None:
+    """In uint8, 156 and -100 are the same."""
+    labels = torch.full((2, 3), 156, dtype=torch.uint8)
+    assert loss.count_targets({"labels": labels}) == loss.count_targets({"labels": labels.long()})

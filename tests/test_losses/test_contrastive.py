@@ -143,6 +143,22 @@ def test_prototypical_gradient_reaches_support_and_queries() -> None:
 ROWS, LABELS = torch.ones(3, 2), torch.tensor([0, 1, 1])
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int32])
+def test_labels_of_any_integer_type(kind: torch.dtype) -> None:
+    """In uint8 the class 156 is no -100; support and queries may differ in their types."""
+    rows, labels = drawn(7, 5), torch.tensor([3, 100, 100, 3, 3, 100, 3])
+    if kind == torch.uint8:
+        labels = torch.where(labels == 100, 156, labels)
+    assert torch.equal(supervised_contrastive_loss(rows, labels.to(kind)), supervised_contrastive_loss(rows, labels))
+    other = prototypical_loss(rows, labels, rows, labels.to(kind))
+    assert torch.equal(other, prototypical_loss(rows, labels, rows, labels))
+
+
+def test_rows_of_two_types_are_compared_in_the_wider() -> None:
+    rows, keys = drawn(3, 5), drawn(5, 5, seed=1)
+    assert_close(info_nce_loss(rows.float().double(), keys), info_nce_loss(rows.float(), keys), rtol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -271,3 +271,74 @@ def test_a_second_backward_pass_gives_the_same_gradients(reduction: str, factor:
         for gradient, wanted in zip(got, expected, strict=True):
             assert_close(gradient, wanted, rtol=1e-9)
             gradient.fill_(7)  # it is the caller's: the next one does not come from it
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_head_tied_to_the_embedding_has_each_gradient_once(reduction: str) -> None:
+    """The hidden states come from the weight: what reaches it through them is not the head's gradient as well."""
+    _, weight, bias, targets = inputs()
+    ids = torch.arange(N) % V
+    results = []
+    for loss in (linear_cross_entropy, lambda h, w, t, **knobs: F.cross_entropy(F.linear(h, w, bias), t, **knobs)):
+        knobs = {"bias": bias} if loss is linear_cross_entropy else {}
+        value = loss(torch.tanh(weight[ids]), weight, targets, reduction=reduction, **knobs).sum()
+        first = torch.autograd.grad(value, weight, create_graph=True)[0]
+        second = torch.autograd.grad(first.pow(3).sum(), weight, retain_graph=True)[0]
+        results.append([first, second, torch.autograd.grad(value, weight)[0]])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("ignored", [-100, 200])
+def test_targets_in_a_narrow_type_do_not_wrap_around(ignored: int) -> None:
+    """In uint8, -100 is 156, and in int8 a vocabulary of 256 is 0."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(rows, E, generator=generator, dtype=torch.float64) for rows in (5, 256))
+    for targets in (torch.tensor([156, 3, 200, 255, 0], dtype=torch.uint8), torch.tensor([1, 3, 127, 5, 0]).char()):
+        ours = linear_cross_entropy(hidden, weight, targets, ignore_index=ignored, reduction="none")
+        expected = F.cross_entropy(hidden @ weight.T, targets.long(), ignore_index=ignored, reduction="none")
+        assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_scaler_keeps_small_float16_gradients(reduction: str) -> None:
+    """Without the scale they are below what float16 holds, as they are where a model is already sure."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 1021
+    targets = torch.randint(53, (rows,), generator=generator)
+    hidden = (torch.randn(rows, 59, generator=generator) / 64).half()
+    weight = torch.randn(53, 59, generator=generator).half()
+    bias = torch.zeros(53)
+    hidden += torch.linalg.pinv(weight.float())[:, targets].T.half() * 12  # the target's logit is 12, the others' 0
+    scale = 2.0**14 if reduction == "mean" else 2.0**14 / rows
+
+    def gradients(loss: Tensor, leaves: list[Tensor], factor: float) -> list[Tensor]:
+        return [grad.double() / factor for grad in torch.autograd.grad(loss.sum() * factor, leaves)]
+
+    half = [x.clone().requires_grad_() for x in (hidden, weight)]
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    ours = linear_cross_entropy(*half, targets, bias=bias, reduction=reduction, chunk_rows=101)
+    wanted = gradients(F.cross_entropy(exact[0] @ exact[1].T, targets, reduction=reduction), exact, 1.0)
+    for got, want in zip(gradients(ours, half, scale), wanted, strict=True):
+        assert (got - want).norm() < 5e-3 * want.norm()
+
+
+def test_a_float16_head_takes_a_large_sum() -> None:
+    """The sum's own gradient is beyond float16; times 1 / N, as it comes from outside, it is not."""
+    rows = 4001
+    hidden = torch.full((rows, 2), 40.0).half()
+    weight = torch.zeros(3, 2).half().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(rows).long(), reduction="sum")
+    (grad,) = torch.autograd.grad(loss / rows, weight)
+    assert_close(grad.double(), torch.tensor([[-2.0], [1.0], [1.0]]).double().expand(3, 2) * 40 / 3, rtol=1e-3)
+
+
+def test_a_float16_head_takes_large_factors_of_rows() -> None:
+    """A loss scaler's 4096 on every row is within float16, and must not be made larger on the way."""
+    hidden, weight, _, targets = inputs(torch.float16)
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="none", chunk_rows=5)
+    grads = torch.autograd.grad((loss * 4096).sum(), (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wanted = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].T, targets, reduction="sum"), exact)
+    for grad, want in zip(grads, wanted, strict=True):
+        assert_close(grad.double() / 4096, want, rtol=5e-3)

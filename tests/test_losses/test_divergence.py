@@ -93,6 +93,8 @@ def test_the_teacher_gets_no_gradient_from_the_linear_form() -> None:
     hidden, weight, _, teacher_hidden, teacher_weight, _ = heads()
     linear_kl_divergence(hidden, weight, teacher_hidden, teacher_weight).backward()
     assert hidden.grad is not None
+    loss = linear_kl_divergence(hidden, weight, teacher_hidden, teacher_weight)
+    torch.autograd.grad(loss, hidden, create_graph=True)[0].sum().backward()  # nor from the second derivative
     assert teacher_hidden.grad is None
     assert teacher_weight.grad is None
 
@@ -134,6 +136,27 @@ def test_exactly_zero_with_a_gradient_of_exactly_zero_at_equality(direction: str
     assert loss == 0
     for grad in torch.autograd.grad(loss, (hidden, weight, bias)):
         assert not grad.any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("rows", "width", "classes"), [(199, 577, 1511), (67, 131, 4999)])
+def test_equal_heads_of_real_sizes_are_exactly_equal(direction: str, rows: int, width: int, classes: int) -> None:
+    """Both sides' logits come from one way of multiplying: another one differs in the last bits."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator).requires_grad_()
+    weight = (torch.randn(classes, width, generator=generator) / width**0.5).requires_grad_()
+    loss = linear_kl_divergence(hidden, weight, hidden, weight, direction=direction)
+    assert loss == 0
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_a_bias_of_a_wider_type_is_rounded_on_neither_side() -> None:
+    hidden, weight, _, *_ = (x.detach().bfloat16() for x in heads())
+    bias = torch.linspace(-1, 1, V) / 3
+    hidden.requires_grad_()
+    loss = linear_kl_divergence(hidden, weight, hidden, weight, bias=bias, teacher_bias=bias)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, hidden, create_graph=True)[0].any()
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -201,7 +224,9 @@ def test_symmetric_ones_are_and_jensen_shannon_is_bounded() -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_linear_form_never_holds_all_logits(direction: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden, teacher_hidden = torch.randn(2, 101, 7, generator=generator, dtype=torch.float64)
+    hidden, teacher_hidden = torch.randn(
+        2, 101, 7, generator=generator, dtype=torch.float64
+    )  # not multiplied in pieces
     weight, teacher_weight = torch.randn(2, 499, 7, generator=generator, dtype=torch.float64)
     mask = torch.arange(101) >= 101 - 47
     with Recorder() as seen:
@@ -348,3 +373,8 @@ def test_bad_input_is_named() -> None:
         linear_kl_divergence(hidden, weight, teacher_hidden, teacher_weight[1:])
     with pytest.raises(ValueError, match=r"expected hidden \[N, E\] and weight \[V, E\]"):
         linear_kl_divergence(hidden, weight, teacher_hidden, weight)
+    for scale in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="logit_scale must be a finite number other than 0"):
+            linear_kl_divergence(hidden, weight, hidden, weight, logit_scale=scale)
+    with pytest.raises(ValueError, match="softcap must be finite and larger than 0, or None; got 0"):
+        linear_kl_divergence(hidden, weight, hidden, weight, softcap=0)

@@ -74,6 +74,22 @@ def test_only_what_asks_gets_a_gradient():
         assert not low_rank_quadratic(factors, fisher).requires_grad
 
 
+def test_factors_that_share_a_tensor_get_each_gradient_once():
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 2), (2, 7)))
+    left.requires_grad_()
+
+    def gradients(value):
+        (first,) = torch.autograd.grad(value, left, create_graph=True)
+        return first, torch.autograd.grad(first.pow(3).sum(), left)[0]
+
+    made = left[:2].T @ right  # a right factor that comes from the left one
+    ours = gradients(low_rank_quadratic([(left, right, 0.5), (left, made, 2.0)], None))
+    plain = gradients(0.5 * (0.5 * left @ right + 2.0 * left @ (left[:2].T @ right)).square().sum())
+    for got, want in zip(ours, plain, strict=True):
+        assert_close(got, want)
+
+
 def test_gradcheck_to_the_second_derivative():
     factors, fisher, weight, anchor = inputs((2,), dense=True)
     (left, right, s), fisher = factors[0], fisher.double()
