@@ -6,6 +6,7 @@ from llmtune.regularizers.decoupled_l2sp import DecoupledL2SP, pull_back
 from llmtune.regularizers.delta_norm import DeltaNorm
 from llmtune.regularizers.flooding import Flooding, flood
 from llmtune.regularizers.freelb import FreeLBLoss
+from llmtune.regularizers.head_start import linear_probe, nearest_mean_head
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.regularizers.mixing import Pairs, mixup, mixup_loss, mixup_pairs
 from llmtune.regularizers.mixout import Mixout, mixout
@@ -35,11 +36,13 @@ __all__ = [
     "child_mask",
     "drop_residual",
     "flood",
+    "linear_probe",
     "mixout",
     "mixout_model",
     "mixup",
     "mixup_loss",
     "mixup_pairs",
+    "nearest_mean_head",
     "neftune",
     "neftune_noise",
     "noisy_start",
