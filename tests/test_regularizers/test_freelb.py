@@ -122,7 +122,8 @@ def test_under_checkpointing_and_autocast():
     [
         ({"epsilon": 0.0}, ValueError, "epsilon must be a finite number larger than 0; got 0.0"),
         ({"step_size": -1.0}, ValueError, "step_size must be a finite number larger than 0; got -1.0"),
-        ({"steps": 1}, ValueError, "steps must be 2 or more, or no place is adversarial; got 1"),
+        ({"steps": 1}, ValueError, "steps must be a whole number, 2 or more, or no place is adversarial; got 1"),
+        ({"steps": 2.5}, ValueError, "steps must be a whole number, 2 or more, or no place is adversarial; got 2.5"),
         ({"start": 1.5}, ValueError, "start must be between 0 and 1, a share of epsilon; got 1.5"),
         ({"loss": F.cross_entropy}, TypeError, "the loss needs a count_targets(batch) method"),
     ],
