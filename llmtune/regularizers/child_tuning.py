@@ -29,9 +29,9 @@ class ChildTuning(Callback):
     D, with `fisher`: the child is the share `p` of all entries that `fisher` names, those with the largest values
     (`child_mask`). Gradients outside it are set to zero before clipping, and no weight outside it changes by a bit,
     whatever weight decay or momentum the optimizer has, or `DecoupledL2SP` beside it. Parameters that
-    `fisher` does not name (a new classifier) are trained whole, as in the authors' program. Take the Fisher information of single examples
-    (`llmtune.forgetting.diagonal_fisher`): the authors' is of batches, in train mode, and clipped tensor by tensor
-    before it is squared.
+    `fisher` does not name (a new classifier) are trained whole, as in the authors' program. Take the Fisher information
+    of single examples (`llmtune.forgetting.diagonal_fisher`): the authors' is of batches, in train mode, and clipped
+    tensor by tensor before it is squared.
 
     Masks are drawn once an optimizer step, from torch's global random state, which a `TrainingLoop` seeds for each
     step. Under adapters F works on the tensors that are trained, A and B; D needs weights that are trained themselves.

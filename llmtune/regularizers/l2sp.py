@@ -75,9 +75,9 @@ class L2SP(Anchored):
             model: the model that the anchor belongs to, with or without adapters and wrappers.
 
         Raises:
-            ValueError: the model lacks a parameter that the anchor or `new` names, or has it in another shape (names the
-                first); none of them can be trained, or none that is new where `new_strength` asks for it; or a frozen
-                weight that stood for its own anchor has changed.
+            ValueError: the model lacks a parameter that the anchor or `new` names, or has it in another shape (names
+                the first); none of them can be trained, or none that is new where `new_strength` asks for it; or a
+                frozen weight that stood for its own anchor has changed.
         """
         entries = self.anchored(model)
         new = self._new(entries)
