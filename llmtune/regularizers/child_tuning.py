@@ -28,10 +28,10 @@ class ChildTuning(Callback):
 
     D, with `fisher`: the child is the share `p` of all entries that `fisher` names, those with the largest values
     (`child_mask`). Gradients outside it are set to zero before clipping, and no weight outside it changes by a bit,
-    whatever weight decay or momentum the optimizer has. Parameters that `fisher` does not name (a new classifier) are
-    trained whole, as in the authors' program. Take the Fisher information of single examples
-    (`llmtune.forgetting.diagonal_fisher`): the authors' is of batches, in train mode, and clipped tensor by tensor
-    before it is squared.
+    whatever weight decay or momentum the optimizer has, or `DecoupledL2SP` beside it. Parameters that
+    `fisher` does not name (a new classifier) are trained whole, as in the authors' program. Take the Fisher information
+    of single examples (`llmtune.forgetting.diagonal_fisher`): the authors' is of batches, in train mode, and clipped
+    tensor by tensor before it is squared.
 
     Masks are drawn once an optimizer step, from torch's global random state, which a `TrainingLoop` seeds for each
     step. Under adapters F works on the tensors that are trained, A and B; D needs weights that are trained themselves.
@@ -97,7 +97,10 @@ class ChildTuning(Callback):
         self._outside = {} if self.child is None else _outside(self.child, model)
         self._optimizer = optimizer
         if self.child is not None or self.of == "update":
-            self._hooks.append(optimizer.register_step_pre_hook(self._remember))
+            first = optimizer.register_step_pre_hook(self._remember)
+            every: Any = optimizer._optimizer_step_pre_hooks  # an OrderedDict
+            every.move_to_end(first.id, last=False)  # before hooks that move weights
+            self._hooks.append(first)
             self._hooks.append(optimizer.register_step_post_hook(self._hold_back))
 
     def detach(self) -> None:
@@ -152,8 +155,8 @@ class ChildTuning(Callback):
         """
         own = self.state_dict()
         for key in ("p", "of"):
-            if state[key] != own[key]:
-                raise CheckpointError(f"the saved ChildTuning had {key}={state[key]!r}; this one has {own[key]!r}")
+            if state.get(key) != own[key]:
+                raise CheckpointError(f"the saved ChildTuning had {key}={state.get(key)!r}; this one has {own[key]!r}")
         for name in (*own["child"], *state["child"]):
             if own["child"].get(name) != state["child"].get(name):
                 raise CheckpointError(

@@ -76,7 +76,7 @@ class DecoupledL2SP(Anchored):
 
     def __init__(self, anchor: Mapping[str, Tensor] | nn.Module, strength: float) -> None:
         super().__init__(anchor, strength)
-        self._held: list[tuple[dict[str, Any], list[nn.Parameter], list[Tensor]]] = []  # by group of the optimizer
+        self._held: dict[int, tuple[list[nn.Parameter], list[Tensor]]] = {}  # by number of the optimizer's group
         self._hook: Any = None
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -113,14 +113,14 @@ class DecoupledL2SP(Anchored):
             values.append(_value(anchor.against(entry.parameter), entry.parameter))
         if not held:
             raise ValueError(f"DecoupledL2SP reaches no trained parameter: all {len(self.anchors)} anchored are frozen")
-        self._held = [(optimizer.param_groups[number], *pair) for number, pair in held.items()]
+        self._held = held
         self._hook = optimizer.register_step_pre_hook(self._pull)
 
     def detach(self) -> None:
         """Pull no more; nothing where it is not attached."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook, self._held = None, []
+        self._hook, self._held = None, {}
 
     def on_fit_start(self, loop: Any) -> None:
         """Attach to the loop's model and optimizer."""
@@ -134,9 +134,10 @@ class DecoupledL2SP(Anchored):
         """Detach."""
         self.detach()
 
-    def _pull(self, *_: Any) -> None:
-        for group, parameters, values in self._held:
-            pull_back(parameters, values, float(group["lr"]) * self.strength)
+    def _pull(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        groups = optimizer.param_groups  # other ones once the optimizer has loaded a state
+        for number, (parameters, values) in self._held.items():
+            pull_back(parameters, values, float(groups[number]["lr"]) * self.strength)
 
 
 def _value(anchor: Tensor | None, parameter: nn.Parameter) -> Tensor:

@@ -67,8 +67,8 @@ class FreeLBLoss:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be a finite number larger than 0; got {value}")
-        if self.steps < 2:
-            raise ValueError(f"steps must be 2 or more, or no place is adversarial; got {self.steps}")
+        if type(self.steps) is not int or self.steps < 2:
+            raise ValueError(f"steps must be a whole number, 2 or more, or no place is adversarial; got {self.steps}")
         if not 0 <= self.start <= 1:
             raise ValueError(f"start must be between 0 and 1, a share of epsilon; got {self.start}")
         if not callable(getattr(self.loss, "count_targets", None)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,11 +75,12 @@ class L2SP(Anchored):
             model: the model that the anchor belongs to, with or without adapters and wrappers.
 
         Raises:
-            ValueError: the model lacks a parameter that the anchor names, or has it in another shape (names the first);
-                none of them can be trained, or none that is new where `new_strength` asks for it; or a frozen weight
-                that stood for its own anchor has changed.
+            ValueError: the model lacks a parameter that the anchor or `new` names, or has it in another shape (names
+                the first); none of them can be trained, or none that is new where `new_strength` asks for it; or a
+                frozen weight that stood for its own anchor has changed.
         """
         entries = self.anchored(model)
+        new = self._new(entries)
         device = next(iter(entries.values())).parameter.device
         products: list[list[Factors]] = []
         terms: list[Tensor] = []
@@ -95,26 +96,31 @@ class L2SP(Anchored):
                 )
             value = self.strength * _sum(terms, device)
             if self.new_strength:
-                value = value + self.new_strength * _sum(self._new_terms(entries), device)
+                value = value + self.new_strength * _sum(self._new_terms(new), device)
         return value
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells this penalty from another: its strengths, and checksums of the anchor."""
         return {"new_strength": self.new_strength, **super().state_dict()}
 
-    def _new_terms(self, entries: Mapping[str, EffectiveParameter]) -> list[Tensor]:
-        """Return 1/2 ||theta||^2 of each new parameter."""
+    def _new(self, entries: Mapping[str, EffectiveParameter]) -> list[EffectiveParameter]:
+        """Return the new parameters: those that are meant by `new`, or trained and not anchored."""
         if self.new is None:
-            found = [e for name, e in entries.items() if e.parameter.requires_grad and name not in self.anchors]
-        elif callable(self.new):
+            return [e for name, e in entries.items() if e.parameter.requires_grad and name not in self.anchors]
+        if callable(self.new):
             found = [entry for name, entry in entries.items() if is_among(name, self.new)]
-        else:
-            for name in self.new:
-                if name not in entries:
-                    raise ValueError(f'new names "{name}", which the model has not.{did_you_mean(name, entries)}')
-            found = [entries[name] for name in self.new]
+            if not found:
+                raise ValueError(f"new is true of none of the model's {len(entries)} parameters: leave it out")
+            return found
+        for name in self.new:
+            if name not in entries:
+                raise ValueError(f'new names "{name}", which the model has not.{did_you_mean(name, entries)}')
+        return [entries[name] for name in self.new]
+
+    def _new_terms(self, new: Sequence[EffectiveParameter]) -> list[Tensor]:
+        """Return 1/2 ||theta||^2 of each new parameter."""
         terms = []
-        for entry in found:
+        for entry in new:
             entry.check()
             value = entry.value()
             terms.append(0.5 * value.to(torch.promote_types(value.dtype, torch.float32)).square().sum())

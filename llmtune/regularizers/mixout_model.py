@@ -16,6 +16,8 @@ from llmtune.errors import did_you_mean
 from llmtune.regularizers.hooked import Hook, hooked
 from llmtune.regularizers.mixout import is_mixable, linear_with, mixout
 
+MIXED = "_mixed_by_llmtune"  # the name in a class that says so
+
 
 @contextmanager
 def mixout_model(
@@ -54,7 +56,8 @@ def mixout_model(
 
     Raises:
         ValueError: p is out of range; a pattern matches nothing, or nothing that is trained; a weight is tied to a
-            module that is not mixed; a pretrained weight is missing or of another shape; `replace_dropout` finds none.
+            module that is not mixed; a pretrained weight is missing or of another shape; `replace_dropout` finds none;
+            or the block is inside another of the same model.
         TypeError: a target is no plain linear layer, or the output head, whose weight losses read without calling it.
 
     Example:
@@ -69,6 +72,8 @@ def mixout_model(
     """
     check_probability("p", p)
     places = {name: bare_module(module) for name, module in named_places(model)}
+    if any(hasattr(module, MIXED) for module in places.values()):
+        raise ValueError("mixout_model is on this model already: one block at a time")
     chosen = _chosen(model, places, targets, exclude)
     known = {name: _target(name, places[place], pretrained) for name, place in _weights(chosen).items()}
     tied = _Tied(places, chosen)
@@ -101,7 +106,11 @@ def _mixed(kind: Any, name: str, known: dict[str, Tensor], p: float, tied: _Tied
             return kind.forward(self, x)
         return linear_with(self, x, tied.weight(name, lambda: _draw(self.weight, name, known, p)))
 
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward})
+    return type(
+        kind.__name__,
+        (kind,),
+        {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward, MIXED: True},
+    )
 
 
 def _draw(weight: Tensor, name: str, known: dict[str, Tensor], p: float) -> Tensor:

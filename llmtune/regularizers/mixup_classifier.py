@@ -49,7 +49,8 @@ class MixupLoss:
 
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
-        if not self._layers() or min(self._layers()) < 0:
+        layers = self._layers()
+        if not layers or not all(type(layer) is int and layer >= 0 for layer in layers):
             raise ValueError(f"layer must be a number from 0, or a tuple of one or more such; got {self.layer!r}")
 
     def __call__(self, model: nn.Module, batch: Batch) -> LossResult:
@@ -84,7 +85,7 @@ class MixupLoss:
         return classification_loss.count_targets(batch)
 
     def _layers(self) -> tuple[int, ...]:
-        return (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
+        return tuple(self.layer) if isinstance(self.layer, tuple | list) else (self.layer,)
 
 
 def _reaching_on(batch: Batch, pairs: Pairs, real: Tensor) -> Batch:

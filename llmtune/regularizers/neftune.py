@@ -96,9 +96,9 @@ def token_lengths(attention_mask: Tensor | None, position_ids: Tensor | None, B:
         raise ValueError(f"neftune reads documents off position_ids [B, T], T = {T}; got {[*position_ids.shape]}")
     positions, place = position_ids.to(real.device).expand(B, T), torch.arange(T, device=real.device)
     last = torch.where(real, place, -1).cummax(1).values.roll(1, 1)  # the real token before each
-    last[:, 0] = -1
     before = positions.gather(1, last.clamp(min=0))
     again = torch.where(last == place - 1, positions != before + 1, positions <= before)  # within masked gaps no start
+    again[:, 0] = False  # document 0 starts there
     document = (again & real).cumsum(1)
     sizes = torch.zeros_like(document).scatter_add_(1, document, real.long())
     return sizes.gather(1, document) * real

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llmtune.modules import unwrap
+from llmtune.regularizers.hooked import hooked
 from llmtune.types import Batch
 
 Norm = Literal["l2", "linf"]
@@ -138,27 +138,15 @@ def embeddings_moved(model: nn.Module, noise: Tensor) -> Iterator[None]:
     module = embedding_of(model)
     seen: list[Tensor] = []
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if seen:  # an encoder-decoder may share the module: its encoder calls it first
             return None
         seen.append(output.detach())
         return output + noise.to(output.dtype) if output.shape == noise.shape else None
 
-    handle = module.register_forward_hook(after)
-    own: Any = type(module)
-    module.__class__ = _marked(own)
-    try:
+    with hooked([(module, "after", after)]):
         yield
-    finally:
-        module.__class__ = own
-        handle.remove()
     _check_felt(module, seen, noise.detach())
-
-
-@lru_cache(maxsize=64)
-def _marked(kind: Any) -> Any:
-    """Return an empty subclass: torch.compile looks at modules' types, not for new hooks."""
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _check_felt(module: nn.Module, seen: list[Tensor], noise: Tensor) -> None:

@@ -46,8 +46,8 @@ def token_noise(
         [B, T], a new tensor of the ids' dtype.
 
     Raises:
-        ValueError: p is out of range; not exactly one of vocabulary and mask_token is given; the shapes differ; or all
-            of the vocabulary is special.
+        ValueError: p, vocabulary or mask_token is out of range; not exactly one of these two is given; the shapes
+            differ; or all of the vocabulary is special.
 
     Example:
         >>> ids = torch.tensor([[1, 7, 8, 9, 0]])
@@ -61,6 +61,8 @@ def token_noise(
     check_probability("p", p)
     if (vocabulary is None) == (mask_token is None):
         raise ValueError(f"one of vocabulary and mask_token is expected; got {vocabulary} and {mask_token}")
+    if (vocabulary is not None and vocabulary < 1) or (mask_token is not None and mask_token < 0):
+        raise ValueError(f"a vocabulary from 1 or a mask_token from 0 is expected; got {vocabulary} and {mask_token}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"the attention_mask must be of the ids' shape {[*input_ids.shape]}; got {[*attention_mask.shape]}"

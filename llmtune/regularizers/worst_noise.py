@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmtune.adapters.record import check_whole
 from llmtune.regularizers.perturbation import Norm, climb, example_norms
 
 
@@ -25,8 +26,7 @@ class Search:
     def __post_init__(self) -> None:
         if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
             raise ValueError(f"epsilon must be a finite number larger than 0; got {self.epsilon}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more; got {self.steps}")
+        check_whole("steps", self.steps)
         if self.step_size is not None and not (self.step_size > 0 and math.isfinite(self.step_size)):
             raise ValueError(f"step_size must be a finite number larger than 0, or None; got {self.step_size}")
         if not 0 < self.start <= 1:

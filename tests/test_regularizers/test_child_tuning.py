@@ -10,6 +10,7 @@ from llmtune.errors import CheckpointError
 from llmtune.forgetting.fisher import diagonal_fisher
 from llmtune.regularizers.child_mask import child_mask
 from llmtune.regularizers.child_tuning import ChildTuning
+from llmtune.regularizers.decoupled_l2sp import DecoupledL2SP
 from llmtune.testing.close import assert_close
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_llama
@@ -128,6 +129,24 @@ def test_outside_the_child_no_bit_changes(make):
     child.detach()
     optimizer.step()
     assert any((p != before[name]).all() for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("child_first", [True, False])
+def test_outside_the_child_nothing_is_pulled_back_either(child_first):
+    model = SmallModel()
+    child = ChildTuning(0.4, fisher=rising(model))
+    pull = DecoupledL2SP({name: torch.zeros_like(p) for name, p in model.named_parameters()}, 2.0)
+    before = values(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for part in (child, pull) if child_first else (pull, child):
+        part.attach(model, optimizer)
+    give_gradients(model)
+    child.mask_gradients()
+    optimizer.step()
+    for name, mask in child.child.items():
+        now = model.get_parameter(name).detach()
+        assert torch.equal(now[~mask], before[name][~mask])
+        assert (now[mask] != before[name][mask]).all()
 
 
 def test_d_in_the_loop_with_the_fisher_of_single_examples():
@@ -335,6 +354,8 @@ def test_state_tells_one_from_another_and_survives_json():
     ChildTuning(0.5).load_state_dict(ChildTuning(0.5).state_dict())
     with pytest.raises(CheckpointError, match=r"the saved ChildTuning had p=0.5; this one has 0.4"):
         ChildTuning(0.4, fisher=fisher).load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"the saved ChildTuning had p=None; this one has 0.5"):
+        ChildTuning(0.5).load_state_dict({})
     with pytest.raises(CheckpointError, match="had of='update'; this one has 'gradient'"):
         ChildTuning(0.5, of="gradient").load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"the saved ChildTuning had another child network in first.weight"):

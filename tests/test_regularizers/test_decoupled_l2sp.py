@@ -43,6 +43,18 @@ def test_pull_back_by_hand():
             pull_back([theta], [theta], rate)
 
 
+def test_the_learning_rate_is_the_present_one_after_the_optimizer_has_loaded_a_state():
+    """torch's optimizers make new groups there."""
+    model = nn.Linear(3, 2, bias=False)
+    start = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    DecoupledL2SP({"weight": torch.zeros(2, 3)}, 1.0).attach(model, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    assert_close(model.weight.detach(), start * 0.75, rtol=1e-6)
+
+
 def test_by_sgd_it_is_the_coupled_penalty():
     start = SmallModel()
     moved_models = []

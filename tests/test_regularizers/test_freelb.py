@@ -8,7 +8,7 @@ from llmtune.data.collate import collate_packed, collate_padded
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.classification import classification_loss
 from llmtune.regularizers.freelb import FreeLBLoss
-from llmtune.regularizers.perturbation import blank_noise, examples_of, real_tokens
+from llmtune.regularizers.perturbation import blank_noise, embeddings_moved, examples_of, real_tokens
 from llmtune.testing.close import assert_close
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama
@@ -46,6 +46,42 @@ def test_equals_algorithm_1_written_out():
         assert_close(found[name], parameter.grad, rtol=1e-7)
     assert isinstance(freelb, LossFunction)
     assert freelb.count_targets(PADDED) == causal_lm_loss.count_targets(PADDED)
+
+
+class SumOfSquares:
+    """A loss that does not know padding: its slope there is not 0."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, model, batch):
+        self.seen.append(model.get_input_embeddings()(batch["input_ids"]))
+        return self.seen[-1].square().sum()
+
+    def count_targets(self, batch):
+        return 1
+
+
+def test_no_noise_comes_onto_padding_whatever_the_loss_looks_at():
+    model, loss = tiny_llama(), SumOfSquares()
+    words = model.get_input_embeddings()(PADDED["input_ids"])
+    FreeLBLoss(loss, epsilon=0.5, step_size=0.3)(model, PADDED)
+    real = PADDED["attention_mask"].bool()
+    assert not real.all()
+    assert len(loss.seen) == 3
+    for moved in loss.seen:
+        assert torch.equal(moved[~real], words[~real])
+        assert (moved[real] != words[real]).any(-1).all()
+
+
+def test_noise_is_on_the_tokens_alone_where_one_embedding_serves_token_types_too():
+    model = tiny_gpt2()
+    ids = torch.tensor([[5, 7, 11, 13, 2]])
+    embedding, noise = model.get_input_embeddings(), torch.randn(1, 5, 26)
+    plain = embedding(ids)
+    with embeddings_moved(model, noise):
+        assert torch.equal(embedding(ids), plain + noise)
+        assert torch.equal(embedding(ids), plain)  # GPT-2 looks up token types after the tokens
 
 
 def test_the_first_noise_has_the_papers_size():
@@ -122,7 +158,8 @@ def test_under_checkpointing_and_autocast():
     [
         ({"epsilon": 0.0}, ValueError, "epsilon must be a finite number larger than 0; got 0.0"),
         ({"step_size": -1.0}, ValueError, "step_size must be a finite number larger than 0; got -1.0"),
-        ({"steps": 1}, ValueError, "steps must be 2 or more, or no place is adversarial; got 1"),
+        ({"steps": 1}, ValueError, "steps must be a whole number, 2 or more, or no place is adversarial; got 1"),
+        ({"steps": 2.5}, ValueError, "steps must be a whole number, 2 or more, or no place is adversarial; got 2.5"),
         ({"start": 1.5}, ValueError, "start must be between 0 and 1, a share of epsilon; got 1.5"),
         ({"loss": F.cross_entropy}, TypeError, "the loss needs a count_targets(batch) method"),
     ],

@@ -250,6 +250,17 @@ def test_new_parameters_are_pulled_to_zero():
     assert free(model).item() == 0.0
 
 
+def test_new_that_means_nothing_raises_without_its_strength_too():
+    """Otherwise a misspelt classifier is held to its random start."""
+    model = tiny_bert(labels=3)
+    with pytest.raises(
+        ValueError, match=r'new names "clasifier.weight", which the model has not. Did you mean "classi'
+    ):
+        L2SP(model, 2.0, new=["clasifier.weight"])(model)
+    with pytest.raises(ValueError, match="new is true of none of the model's 41 parameters: leave it out"):
+        L2SP(model, 2.0, new=lambda name: name.startswith("score"))(model)
+
+
 def test_what_is_frozen_is_not_new():
     model = nn.ModuleDict({"held": nn.Linear(2, 3), "frozen": nn.Linear(2, 3), "new": nn.Linear(3, 2, bias=False)})
     model["frozen"].requires_grad_(False)

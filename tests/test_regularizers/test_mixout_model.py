@@ -192,6 +192,15 @@ def test_every_loss_trains_under_it(name):
         assert all(model.get_parameter(key).grad.abs().sum() > 0 for key in mixed)
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_one_block_at_a_time(make):
+    model = make()
+    with mixout_model(model, 0.5), pytest.raises(ValueError, match="mixout_model is on this model already: one block"):
+        mixout_model(model, 0.5).__enter__()
+    with mixout_model(model, 0.5):
+        pass
+
+
 def test_after_an_exception_nothing_is_left():
     model = tiny_bert(dropout=0.3)
     before = traces(model)

@@ -203,6 +203,11 @@ def test_the_stack_is_found():
     ("options", "message"),
     [
         ({"alpha": 0.0}, "alpha must be a finite number larger than 0; got 0.0"),
+        (
+            {"alpha": 1.0, "layer": (0, 0.5)},
+            "layer must be a number from 0, or a tuple of one or more such; got (0, 0.5)",
+        ),
+        ({"alpha": 1.0, "layer": "0"}, "layer must be a number from 0, or a tuple of one or more such; got '0'"),
         ({"alpha": 1.0, "layer": -1}, "layer must be a number from 0, or a tuple of one or more such; got -1"),
         ({"alpha": 1.0, "layer": ()}, "or a tuple of one or more such; got ()"),
     ],

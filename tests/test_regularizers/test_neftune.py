@@ -85,6 +85,11 @@ def test_lengths_of_documents(mask, positions, expected):
     assert token_lengths(mask, positions, 2, 4).tolist() == expected
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_documents_of_one_token_each(T):
+    assert token_lengths(None, torch.zeros(2, T, dtype=torch.long), 2, T).tolist() == [[1] * T] * 2
+
+
 def noise_in(name, model, batch, *, alpha=5.0, seed=7):
     """Return what the model's token embeddings get added, [B, T, E], and run the model."""
     seen = []

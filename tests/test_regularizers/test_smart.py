@@ -276,7 +276,8 @@ def test_noise_that_rounding_swallows_raises():
     [
         ({"strength": -1.0}, ValueError, "strength must be a finite number, 0 or more; got -1.0"),
         ({"epsilon": 0.0}, ValueError, "epsilon must be a finite number larger than 0; got 0.0"),
-        ({"steps": 0}, ValueError, "steps must be 1 or more; got 0"),
+        ({"steps": 0}, ValueError, "steps must be a whole number of at least 1; got 0"),
+        ({"steps": 1.5}, ValueError, "steps must be a whole number of at least 1; got 1.5"),
         ({"step_size": 0.0}, ValueError, "step_size must be a finite number larger than 0, or None; got 0.0"),
         ({"start": 0.0}, ValueError, "start must be larger than 0 (there the slope is 0) and at most 1; got 0.0"),
         ({"norm": "l1"}, ValueError, 'norm must be "l2" or "linf"; got \'l1\''),

@@ -70,6 +70,8 @@ def test_draws_come_from_the_generator_or_the_global_state():
     [
         ({}, "one of vocabulary and mask_token is expected; got None and None"),
         ({"vocabulary": 97, "mask_token": 3}, "one of vocabulary and mask_token is expected; got 97 and 3"),
+        ({"mask_token": -1}, "a vocabulary from 1 or a mask_token from 0 is expected; got None and -1"),
+        ({"vocabulary": 0}, "a vocabulary from 1 or a mask_token from 0 is expected; got 0 and None"),
         ({"p": 1.0, "mask_token": 3}, "p must be a probability from 0 to below 1; got 1.0"),
         ({"vocabulary": 3, "special_tokens": SPECIAL}, "all 3 tokens of the vocabulary are special"),
         ({"attention_mask": torch.ones(3, 5), "mask_token": 3}, r"ids' shape \[2, 3\]; got \[3, 5\]"),
