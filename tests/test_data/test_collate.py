@@ -178,5 +178,7 @@ def test_a_list_is_what_torch_makes_of_it(values: list[Any]) -> None:
 
 @pytest.mark.parametrize("values", [[2**63, -1], [-3, 2**64 - 1], [2**70], [[2**63, -1]]], ids=str)
 def test_whole_numbers_that_are_too_large_become_no_floats(values: list[Any]) -> None:
-    with pytest.raises(ValueError, match='row 0: field "input_ids" is neither a number nor an array of numbers: Overfl'):
+    with pytest.raises(
+        ValueError, match='row 0: field "input_ids" is neither a number nor an array of numbers: Overfl'
+    ):
         collate_padded([{"input_ids": values}])
