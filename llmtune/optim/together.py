@@ -45,7 +45,7 @@ class Together(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> MutableMapping[Tensor, Any]:
-        """The state of all parameters, {parameter of any shape: its state}; taking an entry out takes it from its optimizer."""
+        """The state of all parameters, {parameter of any shape: its state}: a view, changes are its optimizer's."""
         return _States(self.optimizers)
 
     @state.setter
