@@ -261,7 +261,7 @@ def test_what_is_refused():
         run(optimizer, weight, [torch.full((7, 11), float("nan"))])
     assert torch.equal(weight, before)
     with pytest.raises(
-        TypeError, match="GaLore trains real numbers; a parameter is torch.complex64: train it by AdamW"
+        TypeError, match=r"GaLore trains real numbers; a parameter is torch.complex64: train it by AdamW"
     ):
         GaLore([weight, nn.Parameter(torch.ones(3, dtype=torch.complex64))], rank=2)
 
