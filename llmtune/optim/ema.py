@@ -26,7 +26,9 @@ def newest_weight(updates: int, decay: float | None) -> float:
         >>> [round(newest_weight(n, 0.5), 3) for n in (1, 2, 3)], newest_weight(4, None)
         ([1.0, 0.667, 0.571], 0.25)
     """
-    return 1 / updates if decay is None else (1 - decay) / -math.expm1(updates * math.log(decay))
+    if decay is None or updates == 1:  # the first is all there is, where the quotient below may round to less
+        return 1 / updates
+    return (1 - decay) / -math.expm1(updates * math.log(decay))
 
 
 @torch.no_grad()
@@ -43,7 +45,7 @@ def update_averages(
     """
     weight = newest_weight(updates, decay)
     for name, average in averages.items():
-        value = values[name].detach().to(average.dtype)
+        value = values[name].detach().to(average.device, average.dtype)  # the model may have moved since
         average.copy_(value) if weight == 1 else average.lerp_(value, weight)
 
 

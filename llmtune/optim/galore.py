@@ -81,7 +81,7 @@ class GaLore(torch.optim.Optimizer):
         rotate: whether moments go along when P changes.
 
     Raises:
-        TypeError: a parameter is spread over processes.
+        TypeError: a parameter is spread over processes, or complex.
         ValueError: a number is out of its range.
 
     Example:
@@ -116,7 +116,7 @@ class GaLore(torch.optim.Optimizer):
         """Add a group, as torch's optimizers do, or refuse it before anything is added.
 
         Raises:
-            TypeError: a parameter is spread over processes.
+            TypeError: a parameter is spread over processes, or complex.
             ValueError: a number is out of its range.
         """
         _check({**self.defaults, **param_group})
@@ -129,6 +129,8 @@ class GaLore(torch.optim.Optimizer):
                     "GaLore needs whole gradients, and a parameter is spread over processes: train data-parallel, "
                     "without sharding, or with another optimizer"
                 )
+            if isinstance(parameter, Tensor) and parameter.is_complex():
+                raise TypeError(f"GaLore trains real numbers; a parameter is {parameter.dtype}: train it by AdamW")
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -139,16 +141,18 @@ class GaLore(torch.optim.Optimizer):
             closure: computes the loss, a scalar, and its gradients.
 
         Raises:
-            ValueError: a gradient of which a basis is to be taken is not finite.
+            ValueError: a gradient of which a basis is to be taken is not finite; no weight has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, group in pairs:
+            if self._is_due(parameter, group) and not bool(parameter.grad.isfinite().all()):
+                raise ValueError("a gradient is not finite, so it has no basis: look at the loss before the step")
+        for parameter, group in pairs:
+            self._update(parameter, group)
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -165,10 +169,10 @@ class GaLore(torch.optim.Optimizer):
         state, rank = self.state[parameter], group["rank"]
         gradient: Any = parameter.grad
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        projected = rank is not None and parameter.ndim == 2 and min(parameter.shape) > rank
+        projected = _is_projected(parameter, rank)
         if projected:
             gradient = _lying(gradient)
-            if not self._refresh(state, gradient, group):
+            if self._is_due(parameter, group) and not self._refresh(state, gradient, group):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 return
             gradient = state["basis"].T @ gradient
@@ -186,13 +190,15 @@ class GaLore(torch.optim.Optimizer):
         decayed = parameter.to(change.dtype) * (1 - group["lr"] * group["weight_decay"])
         parameter.copy_(decayed - group["lr"] * change)
 
+    def _is_due(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        """Return whether a basis is to be taken of a gradient: it is time, or there is none."""
+        state = self.state[parameter]
+        overdue = "basis" not in state or int(state["step"]) % group["update_every"] == 0
+        return overdue and _is_projected(parameter, group["rank"])
+
     def _refresh(self, state: dict[str, Any], gradient: Tensor, group: Mapping[str, Any]) -> bool:
-        """Take a new basis where it is time or there is none; return whether there is one. Zeros have none to offer."""
+        """Take a new basis and return whether there is one. Zeros have none to offer."""
         old = state.get("basis")
-        if old is not None and int(state["step"]) % group["update_every"]:
-            return True
-        if not bool(gradient.isfinite().all()):
-            raise ValueError("a gradient is not finite, so it has no basis: look at the loss before the step")
         if not bool(gradient.any()):
             return old is not None
         state["basis"] = gradient_basis(gradient, group["rank"])
@@ -200,6 +206,10 @@ class GaLore(torch.optim.Optimizer):
             first, second = state["exp_avg"], state["exp_avg_sq"]
             state["exp_avg"], state["exp_avg_sq"] = rotate_moments(first, second, old, state["basis"])
         return True
+
+
+def _is_projected(parameter: Tensor, rank: int | None) -> bool:
+    return rank is not None and parameter.ndim == 2 and min(parameter.shape) > rank
 
 
 def _lying(matrix: Tensor) -> Tensor:

@@ -90,13 +90,10 @@ class MeZO(torch.optim.Optimizer):
         *,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, value, fits, wanted in (
-            ("learning_rate", learning_rate, learning_rate >= 0, "of at least 0"),
-            ("epsilon", epsilon, epsilon > 0, "above 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "of at least 0"),
-        ):
-            if not fits or math.isinf(value):
-                raise ValueError(f"{name} must be a number {wanted}; got {value!r}")
+        for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            _check_rate(name, value)
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"epsilon must be a number above 0; got {epsilon!r}")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise ValueError(f"seed must be a whole number; got {seed!r}")
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
@@ -110,6 +107,16 @@ class MeZO(torch.optim.Optimizer):
             )
         self.epsilon, self.exact, self.slope = epsilon, exact, math.nan
         self.param_groups[0].update(seed=seed, steps=0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch's optimizers do, or refuse it before anything is added.
+
+        Raises:
+            ValueError: its "lr" or "weight_decay" is out of its range.
+        """
+        for name in ("lr", "weight_decay"):
+            _check_rate(name, param_group.get(name, 0.0))
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> float:  # type: ignore[override]
@@ -184,6 +191,11 @@ class MeZO(torch.optim.Optimizer):
 
     def _move(self, size: float) -> None:
         move_along(self._trained(), size, seed=self.seed, step=self.steps)
+
+
+def _check_rate(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number of at least 0; got {value!r}")
 
 
 def _directions(parameters: Iterable[Tensor], seed: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:

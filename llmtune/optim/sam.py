@@ -14,9 +14,11 @@ from llmtune.errors import NonFiniteError
 from llmtune.modules import check_module
 from llmtune.optim.draws import random_states, set_random_states
 
+ETA = 0.01  # what T is at a weight of 0
+
 
 @contextmanager
-def perturbed(model: nn.Module, rho: float, *, adaptive: bool = False, eta: float = 0.01) -> Iterator[float]:
+def perturbed(model: nn.Module, rho: float, *, adaptive: bool = False, eta: float = ETA) -> Iterator[float]:
     """Move the weights uphill by rho along the present gradient for the length of a block.
 
     SAM:   w + rho * g / ||g||
@@ -42,13 +44,13 @@ def perturbed(model: nn.Module, rho: float, *, adaptive: bool = False, eta: floa
         model: any module, with `.grad` where a backward pass left them.
         rho: how far to move, above 0; 0.05 is common, for ASAM ten times that.
         adaptive: whether to move large weights further than small ones (ASAM).
-        eta: what T is at a weight of 0, at least 0; only for ASAM.
+        eta: what T is at a weight of 0, at least 0; for ASAM alone.
 
     Yields:
         The norm ||g||, for ASAM ||T g||; nothing has moved where it is 0 or not finite.
 
     Raises:
-        ValueError: rho or eta is out of its range; or no trainable parameter has a gradient.
+        ValueError: rho or eta is out of its range, or eta without effect; or no trainable parameter has a gradient.
         TypeError: `model` is no module.
 
     Example:
@@ -66,7 +68,7 @@ def perturbed(model: nn.Module, rho: float, *, adaptive: bool = False, eta: floa
     algorithm 1.
     """
     check_module(model)
-    check_rho(rho, eta)
+    check_rho(rho, eta, adaptive=adaptive)
     with _moved([p for p in model.parameters() if p.requires_grad], rho, adaptive=adaptive, eta=eta) as norm:
         yield norm
 
@@ -89,13 +91,13 @@ class SAM:
         optimizer: any torch optimizer.
         rho: how far to move, above 0.
         adaptive: ASAM in place of SAM.
-        eta: what ASAM's T is at a weight of 0, at least 0.
+        eta: what ASAM's T is at a weight of 0, at least 0; for ASAM alone.
         before_step: called once a step when the gradient from uphill is there, unscaled, and before it is applied: the
             place for gradient clipping. (Of the first gradient only the direction counts, which clipping keeps.)
 
     Raises:
         TypeError: `optimizer` is no torch optimizer.
-        ValueError: rho or eta is out of its range.
+        ValueError: rho or eta is out of its range, or eta without effect.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -119,12 +121,12 @@ class SAM:
         rho: float = 0.05,
         adaptive: bool = False,
         *,
-        eta: float = 0.01,
+        eta: float = ETA,
         before_step: Callable[[], Any] | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"SAM takes a torch optimizer that has been made; got {optimizer!r}")
-        check_rho(rho, eta)
+        check_rho(rho, eta, adaptive=adaptive)
         self.optimizer, self.rho, self.adaptive, self.eta = optimizer, rho, adaptive, eta
         self.before_step = before_step
 
@@ -138,7 +140,7 @@ class SAM:
                 called after the step. A step that overflows is passed over, as without SAM.
 
         Raises:
-            NonFiniteError: the gradient at w is not finite, and there is no scaler; no weight has changed.
+            NonFiniteError: the gradient at w or uphill is not finite, and there is no scaler; no weight has changed.
             ValueError: the closure leaves no gradient on a parameter of the optimizer.
             TypeError: there is no closure.
         """
@@ -155,6 +157,10 @@ class SAM:
                 raise NonFiniteError(f"the norm of the gradient is {norm}; no weight has been changed by this step")
             set_random_states(before)
             self._fresh(closure)
+            if scaler is None and not math.isfinite(norm := _norm(_with_gradients(parameters), None)):
+                raise NonFiniteError(
+                    f"the norm of the gradient uphill is {norm}; no weight has been changed by this step"
+                )
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         if self.before_step is not None:
@@ -197,17 +203,22 @@ class SAM:
         self.optimizer.load_state_dict(state_dict)
 
 
-def check_rho(rho: float, eta: float = 0.01) -> None:
-    """Raise ValueError where rho is not a finite number above 0, or eta none of at least 0."""
-    for name, value, fits, wanted in (("rho", rho, rho > 0, "above 0"), ("eta", eta, eta >= 0, "of at least 0")):
-        if not fits or math.isinf(value):
+def check_rho(rho: float, eta: float, *, adaptive: bool) -> None:
+    """Raise ValueError where rho is no finite number above 0, or eta none of at least 0 or without effect."""
+    for name, value, fits, wanted in (
+        ("rho", rho, lambda number: number > 0, "above 0"), ("eta", eta, lambda number: number >= 0, "of at least 0")
+    ):  # fmt: skip
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not fits(value) or math.isinf(value):
             raise ValueError(f"{name} must be a number {wanted}; got {value!r}")
+    if eta != ETA and not adaptive:
+        raise ValueError(f"eta={eta} has no effect without adaptive=True: it is ASAM's")
 
 
 @contextmanager
 def _moved(parameters: Sequence[Tensor], rho: float, *, adaptive: bool, eta: float) -> Iterator[float]:
     """See `perturbed`; parameters of any shape."""
-    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+    pairs = _with_gradients(parameters)
     if not pairs:
         raise ValueError("no trainable parameter has a gradient to move along: run the backward pass first")
     with torch.no_grad():
@@ -225,8 +236,15 @@ def _moved(parameters: Sequence[Tensor], rho: float, *, adaptive: bool, eta: flo
                 p.copy_(value)
 
 
+def _with_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the parameters, of any shape, that have a gradient, each with it."""
+    return [(p, p.grad) for p in parameters if p.grad is not None]
+
+
 def _norm(pairs: Sequence[tuple[Tensor, Tensor]], eta: float | None) -> float:
     """Return ||g||, or ||T g|| where there is an eta; of tensors spread over processes that of the whole."""
+    if not pairs:
+        return 0.0
     norms = []
     for p, g in pairs:
         wide = torch.promote_types(g.dtype, torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -44,9 +44,9 @@ class Together(torch.optim.Optimizer):
         super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
 
     @property  # type: ignore[override]
-    def state(self) -> dict[Tensor, Any]:
-        """The state of all parameters: {parameter of any shape: its optimizer's state}."""
-        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+    def state(self) -> MutableMapping[Tensor, Any]:
+        """The state of all parameters, {parameter of any shape: its state}: a view, changes are its optimizer's."""
+        return _States(self.optimizers)
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -97,3 +97,32 @@ class Together(torch.optim.Optimizer):
     def __reduce__(self) -> Any:
         """Let copies be made of copies of the optimizers."""
         return type(self), self.optimizers
+
+
+class _States(MutableMapping[Tensor, Any]):
+    """The states of several optimizers as one mapping, of which each parameter's stands in its own optimizer's."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        return self._holding(parameter)[parameter]
+
+    def __setitem__(self, parameter: Tensor, value: Any) -> None:
+        owners = (o for o in self._optimizers if any(parameter is p for g in o.param_groups for p in g["params"]))
+        next(owners).state[parameter] = value
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self._holding(parameter)[parameter]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (parameter for optimizer in self._optimizers for parameter in optimizer.state)
+
+    def __len__(self) -> int:
+        return sum(len(optimizer.state) for optimizer in self._optimizers)
+
+    def _holding(self, parameter: Tensor) -> Any:
+        for optimizer in self._optimizers:
+            if parameter in optimizer.state:
+                return optimizer.state
+        raise KeyError(parameter)

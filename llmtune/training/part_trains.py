@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence, Set
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmtune.modules import unwrap
 from llmtune.types import Callback
@@ -15,10 +15,11 @@ from llmtune.types import Callback
 class PartTrains(Callback, ABC):
     """In each step only what `awake` names trains; subclass it and write that one method.
 
-    The rest requires no gradient while a step's gradients are computed, so it has none, and an optimizer of torch
-    leaves it as it is: no update, no weight decay, no moments. Before the step and from `on_before_optimizer_step` on,
-    everything that is trained requires a gradient. So the optimizer, which is made before the first step, holds all of
-    it, and so do checkpoints, evaluations and copies; a resumed run needs to know the step alone.
+    The rest requires no gradient while that of the loss is computed, so it has none, and an optimizer of torch leaves
+    it as it is: no update, no weight decay, no moments. From `on_task_gradients` on everything that is trained requires
+    a gradient again. So penalties are of all of it, though what they give to those asleep is dropped; the optimizer,
+    which is made before the first step, holds all of it, and so do checkpoints, evaluations and copies; a resumed run
+    needs to know the step alone.
 
     Attributes:
         trained: the names of the parameters that required a gradient at the start of `fit`, in the model's order.
@@ -28,6 +29,7 @@ class PartTrains(Callback, ABC):
 
     def __init__(self) -> None:
         self._asleep: list[nn.Parameter] = []
+        self._hooks: list[Any] = []
 
     @abstractmethod
     def awake(self, loop: Any) -> Set[str]:
@@ -56,6 +58,15 @@ class PartTrains(Callback, ABC):
         for parameter in self._asleep:
             parameter.requires_grad_(False)
 
+    def on_task_gradients(self, loop: Any) -> None:
+        """Let the penalties see all that is trained; a gradient they give to those asleep goes as soon as it is there.
+
+        A penalty on adapters alone would otherwise be told, while the head trains alone, that all of them are frozen.
+        """
+        for parameter in self._asleep:
+            parameter.requires_grad_(True)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(_drop_gradient))
+
     def on_before_optimizer_step(self, loop: Any) -> None:
         """Wake all: the gradients are there."""
         self._wake()
@@ -71,7 +82,14 @@ class PartTrains(Callback, ABC):
     def _wake(self) -> None:
         for parameter in self._asleep:
             parameter.requires_grad_(True)
-        self._asleep = []
+        for hook in self._hooks:
+            hook.remove()
+        self._asleep, self._hooks = [], []
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    """Drop a parameter's gradient; of any shape."""
+    parameter.grad = None
 
 
 def check_whole(name: str, value: Any) -> None:

@@ -150,3 +150,35 @@ def test_padded_further_fields() -> None:
 def test_padded_names_bad_input(rows: list[Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate_padded(rows, **options)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_rows_of_several_kinds_become_what_holds_them_all(side: Any) -> None:
+    """A row that happens to be whole numbers makes no whole numbers of the others."""
+    rows = [{"input_ids": [5, 7], "x": [0, 1]}, {"input_ids": [9, 8, 9], "x": [0.25, 1.5, 2]}]
+    rows.append({"input_ids": torch.tensor([3], dtype=torch.int32), "x": [True]})
+    batch = collate_padded(rows, side=side)
+    wanted = [[0, 1, 0], [0.25, 1.5, 2], [1, 0, 0]] if side == "right" else [[0, 0, 1], [0.25, 1.5, 2], [0, 0, 1]]
+    assert batch["x"].tolist() == wanted
+    assert (batch["x"].dtype, batch["input_ids"].dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("values", [
+    [1, 2], [1, 2.5], [True, 2], [True, 0.5], [True, False], [], [2**62, -1], [2**53 + 1, 3], [16777217, 0.1],
+    [float("nan"), float("inf"), 1], [2**70, 0.5], [np.float32(0.1), np.float32(2)], [np.float64(0.1), 2],
+    [np.int32(3), 4], [torch.tensor(3), torch.tensor(4)], [torch.tensor(1.5, dtype=torch.bfloat16)],
+    [torch.ones((), requires_grad=True), 2], [torch.tensor([1]), torch.tensor([2])],
+], ids=str)  # fmt: skip
+def test_a_list_is_what_torch_makes_of_it(values: list[Any]) -> None:
+    wanted = torch.as_tensor(values)
+    wanted = wanted.float() if wanted.dtype == torch.float64 else wanted
+    found = collate_padded([{"input_ids": [1], "x": values}])["x"]
+    torch.testing.assert_close(found, wanted[None], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("values", [[2**63, -1], [-3, 2**64 - 1], [2**70], [[2**63, -1]]], ids=str)
+def test_whole_numbers_that_are_too_large_become_no_floats(values: list[Any]) -> None:
+    with pytest.raises(
+        ValueError, match='row 0: field "input_ids" is neither a number nor an array of numbers: Overfl'
+    ):
+        collate_padded([{"input_ids": values}])

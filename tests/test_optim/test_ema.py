@@ -1,6 +1,7 @@
 """The average of weights: its closed form, what bfloat16 loses, and that the trained weights come back."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from llmtune.adapters import LoRA, attach, combine
 from llmtune.optim import EMA
-from llmtune.optim.ema import newest_weight
+from llmtune.optim.ema import newest_weight, update_averages
 from llmtune.testing.models import tiny_llama
 from llmtune.testing.small import SmallModel, moved, trainable
 
@@ -36,6 +37,21 @@ def test_the_weight_of_the_newest_stays_exact_where_decay_is_near_1():
     assert newest_weight(1, 0.999) == pytest.approx(1.0, abs=1e-12)
     assert newest_weight(7, 1 - 1e-12) == pytest.approx(1 / 7, rel=1e-9)
     assert newest_weight(10**6, 0.999) == pytest.approx(0.001, rel=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.051, 0.3, 0.9, 0.999, None])
+def test_the_first_value_replaces_what_stood_there(decay):
+    """Also where (1 - decay) / (1 - decay^1) is rounded to less than 1, and where what stood there is no number."""
+    for start in (1e20, math.inf):
+        average = {"w": torch.full((3,), start, dtype=torch.float64)}
+        update_averages(average, {"w": torch.full((3,), 0.7, dtype=torch.float64)}, updates=1, decay=decay)
+        assert average["w"].tolist() == [0.7] * 3
+
+
+def test_an_average_stays_on_its_device_where_the_model_has_moved():
+    average = {"w": torch.zeros(3, device="meta")}
+    update_averages(average, {"w": torch.ones(3)}, updates=2, decay=None)
+    assert average["w"].device.type == "meta"
 
 
 def test_the_start_is_not_remembered_for_good():

@@ -260,3 +260,17 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="a gradient is not finite, so it has no basis: look at the loss before"):
         run(optimizer, weight, [torch.full((7, 11), float("nan"))])
     assert torch.equal(weight, before)
+    with pytest.raises(
+        TypeError, match=r"GaLore trains real numbers; a parameter is torch.complex64: train it by AdamW"
+    ):
+        GaLore([weight, nn.Parameter(torch.ones(3, dtype=torch.complex64))], rank=2)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_parameters_before_it_alone():
+    weights = [nn.Parameter(torch.ones(7, 11)) for _ in range(2)]
+    optimizer = GaLore(weights, rank=2, update_every=2)
+    weights[0].grad, weights[1].grad = torch.randn(7, 11), torch.full((7, 11), float("inf"))
+    with pytest.raises(ValueError, match="a gradient is not finite, so it has no basis"):
+        optimizer.step()
+    assert all(torch.equal(weight, torch.ones(7, 11)) for weight in weights)
+    assert not any(optimizer.state.values())

@@ -234,6 +234,11 @@ def test_takes_parameter_groups_and_leaves_frozen_weights_alone():
         ({"learning_rate": -1.0}, "learning_rate must be a number of at least 0; got -1.0"),
         ({"epsilon": 0}, "epsilon must be a number above 0; got 0"),
         ({"weight_decay": math.inf}, "weight_decay must be a number of at least 0; got inf"),
+        ({"parameters": [{"params": parts(), "lr": -0.1}]}, "lr must be a number of at least 0; got -0.1"),
+        (
+            {"parameters": [{"params": parts(), "weight_decay": math.nan}]},
+            "weight_decay must be a number of at least 0",
+        ),
         ({"seed": 0.5}, "seed must be a whole number; got 0.5"),
         ({"parameters": [torch.zeros(3)]}, "MeZO trains what requires a gradient, though it takes none, and no param"),
     ],

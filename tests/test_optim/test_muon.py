@@ -117,3 +117,19 @@ def test_refusals():
         muon_groups(model, parameter_groups(model, learning_rate=1.0))
     with pytest.raises(TypeError, match="a model, that is a torch module, is expected"):
         muon_groups(None, groups)
+
+
+def test_tables_in_a_layer_are_told_each_by_its_own_sign():
+    """A table that is an embedding by its kind, one by its name, and one that is a bias: none is a map of states."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(7, 3)
+            self.pos_embed, self.bias = nn.Parameter(torch.ones(7, 3)), nn.Parameter(torch.ones(5, 3))
+            self.up = nn.Linear(3, 5, bias=False)
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Layer()])})
+    hidden, rest = muon_groups(model, parameter_groups(model, learning_rate=1e-3))
+    assert [id(p) for group in hidden for p in group["params"]] == [id(model["layers"][0].up.weight)]
+    assert sum(len(group["params"]) for group in rest) == 3

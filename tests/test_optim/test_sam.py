@@ -59,7 +59,7 @@ def same_bits(model, before):
 def test_moves_along_the_gradient_of_all_parameters_together(adaptive):
     model, w = started()
     wanted, norm = uphill(model, w, adaptive=adaptive)
-    with perturbed(model, RHO, adaptive=adaptive, eta=ETA) as found:
+    with perturbed(model, RHO, adaptive=adaptive, **({"eta": ETA} if adaptive else {})) as found:
         torch.testing.assert_close(model.flat().detach(), wanted, rtol=1e-12, atol=1e-14)
         assert found == pytest.approx(float(norm), rel=1e-12)
         if not adaptive:
@@ -71,7 +71,7 @@ def test_moves_along_the_gradient_of_all_parameters_together(adaptive):
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_step_applies_the_gradient_from_uphill_where_the_weights_were(adaptive):
     model, w = started()
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), RHO, adaptive, eta=ETA)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), RHO, adaptive, **({"eta": ETA} if adaptive else {}))
 
     def closure():
         loss = model()
@@ -291,12 +291,27 @@ def test_under_lora_a_and_b_move_and_the_base_does_not():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("rho", [0, -1.0, math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_uphill_changes_nothing():
+    """At w the gradient is finite: uphill is where a loss explodes first."""
+    weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer, factors = SAM(torch.optim.SGD([weight], lr=0.1), RHO), iter([1.0, math.nan])
+
+    def closure():
+        loss = next(factors) * weight.sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(NonFiniteError, match="the norm of the gradient uphill is nan; no weight has been changed by"):
+        optimizer.step(closure)
+    assert weight.tolist() == [3.0, -2.0]
+
+
+@pytest.mark.parametrize("rho", [0, -1.0, math.inf, math.nan, True, "a"])
 def test_refuses_a_rho_that_moves_nothing_or_anywhere(rho):
     model, _ = started()
-    with pytest.raises(ValueError, match=f"rho must be a number above 0; got {rho}"), perturbed(model, rho):
+    with pytest.raises(ValueError, match=f"rho must be a number above 0; got {rho!r}"), perturbed(model, rho):
         pass
-    with pytest.raises(ValueError, match=f"rho must be a number above 0; got {rho}"):
+    with pytest.raises(ValueError, match=f"rho must be a number above 0; got {rho!r}"):
         SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho)
 
 
@@ -304,6 +319,10 @@ def test_other_refusals():
     model, _ = started()
     with pytest.raises(ValueError, match="eta must be a number of at least 0; got -1"), perturbed(model, 1, eta=-1):
         pass
+    with pytest.raises(ValueError, match=r"eta=0.5 has no effect without adaptive=True"), perturbed(model, 1, eta=0.5):
+        pass
+    with pytest.raises(ValueError, match=r"eta=0.5 has no effect without adaptive=True: it is ASAM's"):
+        SAM(torch.optim.SGD(model.parameters(), lr=0.1), eta=0.5)
     model.zero_grad()
     with pytest.raises(ValueError, match="no trainable parameter has a gradient to move along"), perturbed(model, 1.0):
         pass

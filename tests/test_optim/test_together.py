@@ -102,6 +102,26 @@ def test_a_grad_scaler_passes_over_all_of_them_together():
     assert scaler.get_scale() == 4.0
 
 
+def test_what_is_taken_out_of_the_state_is_gone():
+    model, parts = made()
+    optimizer = Together(*parts)
+    assert len(optimizer.state) == 0
+    walk(model, optimizer.step)
+    first, last = model[0].weight, model[1].bias
+    assert list(optimizer.state) == list(model.parameters())
+    assert optimizer.state[last] is parts[1].state[last]
+    taken = optimizer.state.pop(first)
+    assert first not in optimizer.state
+    assert first not in parts[0].state
+    assert optimizer.state.pop(first, None) is None
+    with pytest.raises(KeyError):
+        optimizer.state[first]
+    optimizer.state[first] = taken
+    assert parts[0].state[first] is taken
+    optimizer.state.clear()
+    assert [len(part.state) for part in parts] == [0, 0]
+
+
 def test_copies_are_of_copies():
     model, parts = made()
     optimizer = Together(*parts)

@@ -10,6 +10,8 @@ from torch import nn
 from llmtune.adapters import LoRA, attach
 from llmtune.data import collate_padded
 from llmtune.losses import causal_lm_loss, classification_loss, sequence_to_sequence_loss
+from llmtune.optim import Together
+from llmtune.regularizers import DeltaNorm
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training import LISA, GradualUnfreezing, KeepBest, LinearProbeFirst, PartTrains, TrainingLoop
@@ -381,3 +383,53 @@ def test_what_is_refused():
     model.head.requires_grad_(False)
     with pytest.raises(ValueError, match="step 1: LinearProbeFirst leaves nothing to train: of what it would train no"):
         loop([LinearProbeFirst(2, head=["head"])], model=model).fit()
+
+
+class Gradients(Callback):
+    """What has a gradient when the penalty's is there, told before the part that sleeps is woken."""
+
+    def __init__(self):
+        self.names = []
+
+    def on_before_optimizer_step(self, loop):
+        self.names.append({name for name, p in loop.model.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("part", [partial(LinearProbeFirst, 3), partial(GradualUnfreezing, 3)])
+def test_a_penalty_on_what_sleeps_is_counted_and_moves_nothing(part):
+    """The head trains alone, and the adapter that the penalty is of has been moved before: by 2 in each of B's."""
+    model, seen, watch = tiny_bert(labels=3), Gradients(), Watch()
+    attach(model, LoRA(rank=2, alpha=3, targets=["query"], train_modules=["classifier"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.fill_(2.0 if "lora_b" in name else 1.0)
+    sizes = [p.shape for name, p in model.named_parameters() if "lora_b" in name]
+    made = loop([seen, part(), watch], model=model, clip_norm=None)
+    made.penalties.append(DeltaNorm(0.1))
+    history = made.fit()
+    entry = 1.5 * (2 * 2.0 * 1.0)  # scaling * B A, of rank 2
+    width = model.config.hidden_size
+    assert history[0]["penalty"] == pytest.approx(0.05 * sum(rows * width for rows, _ in sizes) * entry**2, rel=1e-5)
+    head = {name for name in seen.names[0] if "classifier" in name}
+    assert seen.names[:3] == watch.changed[:3] == [head] * 3
+    assert history[2]["penalty"] == history[0]["penalty"] > history[-1]["penalty"]
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+class Two(TrainingLoop):
+    def configure_optimizer(self):
+        matrices, vectors = ([p for p in self.model.parameters() if (p.ndim > 1) == more] for more in (True, False))
+        optimizer = Together(torch.optim.AdamW(matrices, lr=1e-3), torch.optim.AdamW(vectors, lr=1e-3))
+        return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def test_the_state_is_dropped_of_several_optimizers_too():
+    for part, counts in ((LISA(1, every=1), [5] * 6), (LinearProbeFirst(2, head=["head"]), [2, 2, 11, 11, 11, 11])):
+        watch = Watch()
+        made = Two(Body(), uneven_rows(8), settings=settings(max_steps=6), loss=TokenLoss(), callbacks=[part, watch],
+                   collate=collate_padded)  # fmt: skip
+        made.fit()
+        assert [len(moments) for moments in watch.moments] == counts
+        steps = {int(entry["step"]) for entry in made.optimizer.state.values()}
+        assert steps == {4} if isinstance(part, LinearProbeFirst) else steps < {1, 2, 3, 4, 5, 6}
