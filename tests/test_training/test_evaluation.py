@@ -89,6 +89,7 @@ def test_classification_with_parts_of_its_own():
     assert loop.evaluate()["eval_accuracy"] == pytest.approx(right / 7)
 
 
+@pytest.mark.slow
 def test_only_sums_and_counts_are_kept():
     """No output of the head of one batch is alive when the next one is made."""
     alive, most = [], []

@@ -163,7 +163,7 @@ def test_the_step_is_finished_and_saved_and_the_resumed_run_is_the_same(tmp_path
     assert (tmp_path / "history.csv").read_text().count("\n") == 7
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_told_again_and_again(tmp_path, whole, workers):
     """A run that is stopped in every step and in every evaluation, three times in each evaluation, comes to its end."""
     moments = [("forward", 0), ("forward", 1), *[("evaluation", 2)] * 3, ("forward", 2), ("forward", 3),
@@ -231,6 +231,7 @@ def test_with_data_workers(tmp_path, whole):
     assert_same(results(resumed), whole)
 
 
+@pytest.mark.slow
 def test_a_script_ends_with_143(tmp_path):
     """The whole way: a program of its own, told from outside, says where to go on."""
     script = f"""

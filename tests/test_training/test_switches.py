@@ -155,6 +155,7 @@ def test_autocast_of_float32_is_none():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_compiled_and_near_the_plain_one():
     """A backend that counts what it is given: the model's graphs do pass through it."""
     graphs = []
