@@ -1,12 +1,14 @@
 """The language-model head and its loss, forward and backward, against torch's own functions; and its memory.
 
-    python benchmarks/bench_head.py [--parts speed frozen memory] [--pairs 3] [--threads 2] [--write]
+    python benchmarks/bench_head.py [--parts speed frozen products memory] [--heads ...] [--pairs 3] [--write]
 
 speed: `linear_cross_entropy` against `F.cross_entropy(F.linear(...))`, the same over the labelled rows alone, and
 torch's `F.linear_cross_entropy` with its options; N = 2048 and 4096 rows, the heads of SmolLM2-135M (V=49152, E=576)
 and of Qwen2.5-0.5B (V=151936, E=896), float32 and bfloat16, with half of the labels ignored and with none. Gradients of
 hidden states and head.
-frozen: the same where the head asks for no gradient, as under LoRA.
+products: the three products of 64, 128 and 256 rows in float32 by themselves, as the loss makes them and by
+torch's matrix product.
+frozen: the same as speed where the head asks for no gradient, as under LoRA.
 memory: by how much one step raises the peak memory of a fresh process, beyond inputs and gradients.
 
 Random numbers, hidden states of the size that a final norm gives; nothing is downloaded. All ways of a case compute the
@@ -22,17 +24,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, peak_memory, report, reset_peak_memory, table
+from common import RESULTS, in_turns, peak_memory, report, reset_peak_memory, table
 from torch import Tensor
 
 from llmtune.losses import linear_cross_entropy
+from llmtune.losses.head_products import add_head_gradient, gradient_into, logits_into
 
 HEADS = {"SmolLM2-135M": (49152, 576), "Qwen2.5-0.5B": (151936, 896)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHOSEN = list(HEADS)
 MIB = 2**20
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -96,7 +101,8 @@ def speed(sizes: list[int], pairs: int, *, frozen: bool) -> dict[str, Any]:
     """Compare the ways; every figure is another way's time over ours."""
     found: dict[str, Any] = {}
     rows = []
-    for head, (V, E) in HEADS.items():
+    for head in CHOSEN:
+        V, E = HEADS[head]
         for dtype_name, dtype in DTYPES.items():
             for N in sizes:
                 for ignored in (0.5, 0.0):
@@ -120,11 +126,46 @@ def speed(sizes: list[int], pairs: int, *, frozen: bool) -> dict[str, Any]:
     return found
 
 
+def products(pairs: int) -> dict[str, Any]:
+    """Compare the head's products of few rows with torch's; every figure is torch's time over ours."""
+    found: dict[str, Any] = {}
+    rows = []
+    for head in CHOSEN:
+        V, E = HEADS[head]
+        weight = torch.randn(V, E)
+        d_weight = torch.zeros(V, E)
+        for n in (64, 128, 256):
+            h, g, z, d = torch.randn(n, E), torch.randn(n, V), torch.empty(n, V), torch.empty(n, E)
+            both: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+                "logits": (partial(logits_into, z, h, weight), partial(torch.mm, h, weight.T, out=z)),
+                "gradient of hidden": (partial(gradient_into, d, g, weight, 1.0), partial(torch.mm, g, weight, out=d)),
+                "gradient of head": (
+                    partial(add_head_gradient, d_weight, g, h, 1.0, first=False), partial(d_weight.addmm_, g.T, h),
+                ),
+            }  # fmt: skip
+            ratios = {
+                name: 1 / in_turns(partial(timed, mine), partial(timed, torchs_own), pairs=pairs).ratio()
+                for name, (mine, torchs_own) in both.items()
+            }
+            found[f"{head}, {n} rows"] = ratios
+            rows.append([f"{head}, {n} rows", *(f"{ratio:.2f}" for ratio in ratios.values())])
+            print(rows[-1], flush=True)
+    print(table(rows, header=("times as fast as torch's product", *found[next(iter(found))])))
+    return found
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Return how long a call takes, in seconds."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
 def memory(sizes: list[int]) -> dict[str, Any]:
     """Measure what one step holds beyond inputs and gradients, each case in a process of its own."""
     found: dict[str, Any] = {}
     rows = []
-    for head in HEADS:
+    for head in CHOSEN:
         for dtype in DTYPES:
             for frozen in (False, True):
                 for N in sizes:
@@ -158,9 +199,10 @@ def extra_memory(head: str, dtype: str, N: int, frozen: bool, way: str) -> int:
 def main() -> None:
     """Measure, print tables and the JSON line, and write the result where asked."""
     parser = argparse.ArgumentParser(description="Measure the head and its loss against torch's own.")
-    parts = ("speed", "frozen", "memory")
+    parts = ("speed", "frozen", "products", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--sizes", nargs="+", type=int, default=[2048, 4096], help="rows of hidden states")
+    parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/head-<part>.json")
@@ -171,13 +213,16 @@ def main() -> None:
         print(extra_memory(head, dtype, int(N), frozen == "1", way))
         return
     torch.set_num_threads(options.threads)
+    CHOSEN[:] = options.heads
     for part in options.parts:
         if part == "memory":
             made = memory(options.sizes)
+        elif part == "products":
+            made = products(max(5, options.pairs))
         else:
             made = speed(options.sizes, options.pairs, frozen=part == "frozen")
         path = RESULTS / f"head-{part}.json" if options.write else None
-        report(f"bench_head {part}", {"heads": HEADS, "cases": made}, path=path)
+        report(f"bench_head {part}", {"heads": {head: HEADS[head] for head in CHOSEN}, "cases": made}, path=path)
 
 
 if __name__ == "__main__":

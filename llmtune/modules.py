@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def is_fsdp(module: nn.Module) -> bool:
     """Return whether torch's FSDP gathers the module's parameters and reduces their gradients."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where that is not loaded nothing is sharded
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+@lru_cache(maxsize=256)
+def marked(kind: Any) -> Any:
+    """Return an empty subclass of a module's class, with its name, for the length of a block in which hooks are there.
+
+    torch.compile does not look for new hooks (`skip_nnmodule_hook_guards`), but it does look at modules' types: a model
+    that was compiled without the hooks is compiled once more with them, and runs without them afterwards.
+    """
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.effective import EffectiveParameter
-from llmtune.weights.quadratic import Factors
+from llmtune.weights.quadratic import Factors, low_rank_quadratic, quadratic
 
 BLOCK = 2**20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -127,3 +127,29 @@ class Anchor:
         self.mark()
         self.base = parameter.detach().clone()  # it will be trained: from now on the value needs a tensor of its own
         return self.base
+
+
+def anchored_quadratic(
+    entry: EffectiveParameter, anchor: Anchor, target: Tensor | None, fisher: Tensor | None = None
+) -> Tensor:
+    """Return 1/2 sum fisher * (theta - anchor)^2 of one effective parameter, a scalar in at least float32.
+
+    Args:
+        entry: the parameter, of any shape.
+        anchor: where it is pulled to.
+        target: what `anchor.against(entry.parameter)` gave.
+        fisher: of the parameter's shape; None for 1 everywhere.
+    """
+    parameter = entry.parameter
+    if entry.dense():
+        base = parameter.detach() if target is None else target
+        for left, right, scaling in anchor.factors:
+            base = base + scaling * left @ right
+        return quadratic(entry.value(), fisher, base)
+    factors = [*entry.factors(), *((left, right, -scaling) for left, right, scaling in anchor.factors)]
+    if target is None:
+        zero = parameter.new_zeros((), dtype=torch.promote_types(parameter.dtype, torch.float32))
+        return low_rank_quadratic(factors, fisher) if factors else zero
+    if factors:
+        return low_rank_quadratic(factors, fisher, weight=parameter, anchor=target)
+    return quadratic(parameter, fisher, target)

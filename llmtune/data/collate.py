@@ -166,7 +166,7 @@ def _as_tensor(value: Any, name: str, index: int) -> Tensor:
 
 
 def _read(values: list[Any]) -> Any:
-    """Return a flat list of plain numbers as an array, which NumPy makes three times as fast as torch; others as is."""
+    """Return a flat list of plain numbers as an array, which NumPy makes faster than torch does; others as is."""
     kinds = set(map(type, values))
     if kinds <= {int, float, bool}:
         array = np.asarray(values)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor, fingerprint
+from llmtune.adapters.anchor import Anchor, anchored_quadratic, fingerprint
 from llmtune.adapters.effective import EffectiveParameter, choose_parameters, effective_parameters
 from llmtune.errors import CheckpointError, did_you_mean
 from llmtune.modules import unwrap
 from llmtune.types import Callback
-from llmtune.weights.quadratic import low_rank_quadratic, quadratic
 
 
 class EWC(Callback):
@@ -140,19 +139,7 @@ class EWC(Callback):
         parameter, name = entry.parameter, entry.name
         fisher = self.fisher[name] = self.fisher[name].to(parameter.device)
         anchor = self.anchors[name]
-        target = anchor.against(parameter)
-        gone = [(left, right, -scaling) for left, right, scaling in anchor.factors]
-        factors, dense = [*entry.factors(), *gone], entry.dense()
-        if dense:
-            base = parameter.detach() if target is None else target
-            for left, right, scaling in anchor.factors:
-                base = base + scaling * left @ right
-            return quadratic(entry.value(), fisher, base)
-        if target is None:
-            return low_rank_quadratic(factors, fisher) if factors else fisher.new_zeros(())
-        if factors:
-            return low_rank_quadratic(factors, fisher, weight=parameter, anchor=target)
-        return quadratic(parameter, fisher, target)
+        return anchored_quadratic(entry, anchor, anchor.against(parameter), fisher)
 
 
 def _check_fisher(name: str, value: Tensor) -> None:

@@ -13,7 +13,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.losses.cross_entropy import scaled_and_capped
-from llmtune.modules import is_fsdp, unwrap
+from llmtune.modules import is_fsdp, marked, unwrap
 from llmtune.types import Batch
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
@@ -160,20 +159,13 @@ def _watched(head: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
 
     handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
     own: Any = type(head)
-    head.__class__ = _marked(own)
+    head.__class__ = marked(own)
     try:
         yield captured, raw
     finally:
         head.__class__ = own
         for handle in handles:
             handle.remove()
-
-
-@lru_cache(maxsize=64)
-def _marked(kind: Any) -> Any:
-    """Return an empty subclass. torch.compile does not look for new hooks, but it does look at modules' types: a model
-    that was compiled without our hooks is compiled once more with them."""
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _takes(model: nn.Module, name: str) -> bool:

@@ -1,9 +1,8 @@
 """The products of a language-model head with a few rows: hidden states to logits, and logits' gradient back.
 
-On a CPU in float32, oneDNN computes a product of few rows and a large matrix two to three times as fast as MKL, which
-torch's matrix product calls there (measured on AMD EPYC, 64 to 341 rows: `benchmarks/bench_head.py`). torch hands a
-product in float32 to oneDNN only by the function it compiles linear layers to; where that is missing, nothing but speed
-is lost.
+On a CPU in float32, oneDNN can compute a product of few rows and a large matrix faster than MKL, which torch's matrix
+product calls there; by how much is measured by `benchmarks/bench_head.py --parts products`. torch hands a product in
+float32 to oneDNN only by the function it compiles linear layers to; where that is missing, nothing but speed is lost.
 """
 
 from __future__ import annotations
@@ -63,19 +62,20 @@ def add_head_gradient(d_weight: Tensor, gradient: Tensor, hidden: Tensor, factor
     if linear is None and gradient.dtype == d_weight.dtype:
         torch.addmm(d_weight, gradient.T, hidden, beta=0 if first else 1, alpha=factor, out=d_weight)
         return
-    scaled = hidden * factor
-    step = FEW if linear is not None else 8 * FEW  # what is added next is still in the cache
-    nothing = gradient.new_zeros(1, 1)
-    for start in range(0, len(d_weight), step):
-        columns = gradient[:, start : start + step].T
-        if linear is None:  # half precision, where a factor of one's own would be one more rounding
+    if linear is None:  # half precision, where a factor of one's own would be one more rounding
+        step, nothing = 8 * FEW, gradient.new_zeros(1, 1)
+    else:
+        step, scaled = FEW, (hidden * factor).T
+    for start in range(0, len(d_weight), step):  # a piece is in the cache still when it is added
+        columns, here = gradient[:, start : start + step].T, slice(start, start + step)
+        if linear is None:
             product = torch.addmm(nothing, columns, hidden, beta=0, alpha=factor)
         else:
-            product = linear(columns, scaled.T, None, "none", [], "")
+            product = linear(columns, scaled, None, "none", [], "")
         if first:
-            d_weight[start : start + step] = product
+            d_weight[here] = product
         else:
-            d_weight[start : start + step] += product
+            d_weight[here] += product
 
 
 def _onednn_linear(rows: Tensor) -> Any:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.losses.causal_lm import causal_lm_loss
+from llmtune.optim.draws import torch_states
 from llmtune.regularizers.perturbation import blank_noise, climb, embeddings_moved, examples_of, real_tokens
-from llmtune.regularizers.random_state import drawing_again, random_state
+from llmtune.regularizers.random_state import drawing_again
 from llmtune.types import Batch, LossFunction, LossResult
 
 
@@ -96,7 +97,7 @@ class FreeLBLoss:
         real = real_tokens(batch)
         examples = examples_of(batch, real)
         noise = self._first(blank_noise(model, real), real, examples)
-        state = random_state(model)
+        state = torch_states(model.parameters())
         losses: list[Tensor] = []
         parts: Mapping[str, Any] = {}
         for place in range(self.steps):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, Literal
 
 from torch import nn
+
+from llmtune.modules import marked
 
 Hook = tuple[nn.Module, Literal["before", "after", "ended"], Callable[..., Any]]
 """A module, when to call, and what: hook(module, args, kwargs) -> (args, kwargs) or None before the forward pass,
@@ -18,9 +19,8 @@ hook(module, args, kwargs, output) -> output or None after it; "ended" is after 
 def hooked(hooks: Sequence[Hook]) -> Iterator[None]:
     """Register hooks, and take them away when the block ends, however it ends.
 
-    While they are there, every hooked module is of an empty subclass of its class: torch.compile does not look for new
-    hooks (`skip_nnmodule_hook_guards`), but it does look at modules' types, so a model that has run compiled without
-    the hooks is compiled once more with them, and runs without them afterwards.
+    While they are there, every hooked module is of an empty subclass of its class (`marked`), so that compiled models
+    see them.
 
     Args:
         hooks: in the order of registering. A hook acts on what it is handed alone, so that of a model copied inside the
@@ -43,9 +43,3 @@ def hooked(hooks: Sequence[Hook]) -> Iterator[None]:
             module.__class__ = kind
         for handle in handles:
             handle.remove()
-
-
-@lru_cache(maxsize=256)
-def marked(kind: Any) -> Any:
-    """Return an empty subclass of a module's class, with its name."""
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})

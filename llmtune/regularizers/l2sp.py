@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor
+from llmtune.adapters.anchor import Anchor, anchored_quadratic
 from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.effective import EffectiveParameter
 from llmtune.errors import did_you_mean
 from llmtune.regularizers.anchored import Anchored, Names, check_strength, is_among
 from llmtune.regularizers.products import difference, product_norms
-from llmtune.weights.quadratic import Factors, low_rank_quadratic, quadratic
+from llmtune.weights.quadratic import Factors
 
 
 class L2SP(Anchored):
@@ -136,21 +136,11 @@ def _add_distance(
     entry: EffectiveParameter, anchor: Anchor, products: list[list[Factors]], terms: list[Tensor]
 ) -> None:
     """Add what makes up ||theta - anchor||^2 of one parameter: its factors to `products`, or half of it to `terms`."""
-    parameter = entry.parameter
-    target = anchor.against(parameter)
-    if entry.dense():
-        base = parameter.detach() if target is None else target
-        for left, right, scaling in anchor.factors:
-            base = base + scaling * left @ right
-        terms.append(quadratic(entry.value(), None, base))
-    elif target is None:
-        factors = difference(entry.factors(), anchor.factors)
-        if factors:
-            products.append(factors)
-    elif factors := [*entry.factors(), *((left, right, -s) for left, right, s in anchor.factors)]:
-        terms.append(low_rank_quadratic(factors, None, weight=parameter, anchor=target))
-    else:
-        terms.append(quadratic(parameter, None, target))
+    target = anchor.against(entry.parameter)
+    if target is not None or entry.dense():
+        terms.append(anchored_quadratic(entry, anchor, target))
+    elif factors := difference(entry.factors(), anchor.factors):
+        products.append(factors)
 
 
 def _sum(terms: list[Tensor], device: torch.device) -> Tensor:

@@ -13,8 +13,9 @@ from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.rows import labelled_rows
 from llmtune.modules import unwrap
+from llmtune.optim.draws import torch_states
 from llmtune.regularizers.predictions import Kind, Predictions, check_kind, hard_loss, predictions_of, sum_over_rows
-from llmtune.regularizers.random_state import random_state, same_state
+from llmtune.regularizers.random_state import same_state
 from llmtune.regularizers.symmetric import symmetric_kl
 from llmtune.types import Batch, LossResult
 
@@ -124,9 +125,9 @@ class RDropLoss:
         inner = unwrap(model)
         if not inner.training or not torch.is_grad_enabled():
             return self.loss(model, batch)
-        before = random_state(inner)
+        before = torch_states(inner.parameters())
         a = predictions_of(self.loss, model, batch)
-        drawn = not same_state(before, random_state(inner))
+        drawn = not same_state(before, torch_states(inner.parameters()))
         b = predictions_of(self.loss, model, batch)
         self._check_apart(inner, a, b, drawn)
         hard = hard_loss(self.loss)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.losses.causal_lm import causal_lm_loss
+from llmtune.optim.draws import torch_states
 from llmtune.regularizers.perturbation import Norm, blank_noise, embeddings_moved, examples_of, real_tokens
 from llmtune.regularizers.predictions import Kind, Predictions, check_kind, hard_loss, predictions_of, sum_over_rows
-from llmtune.regularizers.random_state import drawing_again, random_state
+from llmtune.regularizers.random_state import drawing_again
 from llmtune.regularizers.symmetric import symmetric_kl
 from llmtune.regularizers.worst_noise import Search
 from llmtune.types import Batch, LossResult
@@ -158,7 +159,7 @@ class SmartLoss:
         search, real = self._search(), real_tokens(batch)
         examples = examples_of(batch, real)
         noise = search.first(blank_noise(model, real), real, examples)
-        state = random_state(model)
+        state = torch_states(model.parameters())
         with drawing_again(model, state):
             clean = predictions_of(self.loss, model, batch)
         fixed = clean.detached()
