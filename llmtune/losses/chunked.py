@@ -110,7 +110,7 @@ def _own_chunk_rows(weight: Tensor, loss: RowLoss) -> int:
     if weight.device.type != "cpu" or not loss.takes_few_rows:
         return default_chunk_rows(weight, loss.buffers)
     # only the logits are of the chunk's size, in their own type; the rest is for what is worked on in the cache
-    return max(FEWEST_ROWS, CHUNK_BYTES["cpu"] * 5 // 8 // (weight.shape[0] * weight.element_size()))
+    return max(FEWEST_ROWS, CHUNK_BYTES["cpu"] * 7 // 16 // (weight.shape[0] * weight.element_size()))
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
