@@ -1,13 +1,13 @@
 """Which parts help where a real encoder meets little data: MiniLM, four data sets, a few examples a class.
 
     python benchmarks/overfitting.py --models MODELS --data DATA [--sets trec6 ...] [--recipes plain ...] [--shots 16]
-        [--seeds 0 1 2 3 4] [--minutes 60] [--write]
-    python benchmarks/overfitting.py ... --dev --recipes plain --seeds 100 101 --with rate=1e-4     to choose
+        [--seeds 0 1 2 3 4] [--minutes 60] [--device cuda] [--jobs 2]
+    python benchmarks/overfitting.py ... --choose      what to compare, by rows held out for that: comes first
+    python benchmarks/overfitting.py ... --write       the tables, and the plot in the docs, of the runs there are
 
 One JSON file a run in results/overfitting/; a run that is there is not repeated. Every recipe sees the same examples in
-the same order, from the same random head, in each seed; so differences are taken seed by seed. With `--dev` the rows
-scored are other rows of the training file and runs go to `--runs`: rates and strengths were chosen there, with seeds of
-100 and above, which draw other examples than the seeds that are reported.
+the same order, from the same random head, in each seed; so differences are taken seed by seed. What is compared was
+chosen by rule, on other rows of the training file and with other seeds (`overfitting_choose.py`).
 
 `--models` holds the folder minilm-l6-v2 (huggingface.co/sentence-transformers/all-MiniLM-L6-v2); `--data` holds trec6,
 tweeteval_emotion, banking77 and clinc150 with train.jsonl and test.jsonl, rows of "text" and "label": Li and Roth's
@@ -17,66 +17,61 @@ questions, github.com/cardiffnlp/tweeteval, github.com/PolyAI-LDN/task-specific-
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import multiprocessing
 import sys
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS
-from overfitting_data import NAMES, Rows, load, predictions
-from overfitting_recipes import PARTS, RECIPES, Recipe, recipe_for, train
+from overfitting_choose import choose
+from overfitting_data import NAMES
+from overfitting_recipes import PARTS, RECIPES, recipe_for
 from overfitting_report import parts_table, plot, read, table
-from torch import nn
-from torch.nn import functional as F
-from transformers.utils import logging
+from overfitting_run import Job, run
 
+FOLDER = RESULTS / "overfitting"
 PLOT = Path(__file__).parent.parent / "docs" / "how-to" / "overfitting.svg"
 
 
-def scores(model: nn.Module, rows: Rows) -> dict[str, float]:
-    """Return accuracy, macro-F1 and the mean loss over all rows."""
-    logits, labels = predictions(model, rows)
-    found, C = logits.argmax(-1), logits.shape[-1]
-    hits = torch.bincount(labels[found == labels], minlength=C).float()
-    both = torch.bincount(labels, minlength=C) + torch.bincount(found, minlength=C)
-    f1 = (2 * hits / both.clamp(min=1))[both > 0]  # as scikit-learn's: over the classes that are there or found
-    return {
-        "accuracy": (found == labels).float().mean().item(),
-        "macro_f1": f1.mean().item(),
-        "loss": F.cross_entropy(logits, labels).item(),
-    }
+def jobs(options: argparse.Namespace) -> Iterable[Job]:
+    """Yield the runs that are asked for and not there."""
+    for shots in options.shots:
+        for seed in options.seeds:
+            for title in options.recipes:
+                for name in options.sets:
+                    job = Job(name, title, shots, seed, recipe_for(title, name))
+                    if not (FOLDER / job.file).is_file():
+                        yield job
 
 
-def run(options: argparse.Namespace, name: str, title: str, shots: int, seed: int) -> dict[str, Any]:
-    """Train once and return what came of it."""
-    began = time.process_time()
-    recipe = changed(recipe_for(title, name), options.changes)
-    data = load(options.models, options.data, name, shots=shots, seed=seed, dev=options.dev)
-    model = train(options.models, name, recipe, data, seed)
-    seconds = time.process_time() - began
-    scored = {f"test_{key}": value for key, value in scores(model, data.test).items()}
-    seen = {
-        f"train_{key}": value for key, value in scores(model, data.train[:: max(1, len(data.train) // 400)]).items()
-    }
-    numbers = {key: round(value, 5) for key, value in {**scored, **seen, "seconds": seconds}.items()}
-    plain = dataclasses.asdict(Recipe())
-    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if value != plain[key]}
-    return {"data": name, "recipe": title, "shots": shots, "seed": seed, **numbers, "rate": recipe.rate, **settings}
+def work(todo: Iterable[Job], options: argparse.Namespace, done: Callable[[Job, dict[str, Any]], None]) -> bool:
+    """Run jobs in several processes until the time is up; return whether all were run."""
+    end = time.monotonic() + 60 * options.minutes
+    one = partial(_guarded, models=options.models, data=options.data, device=options.device, end=end)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        late = 0
+        for job, numbers in pool.imap_unordered(one, todo):
+            if numbers is None:
+                late += 1
+                continue
+            done(job, numbers)
+            print(job.file, *(f"{k}={v:.3f}" for k, v in numbers.items() if isinstance(v, float)), flush=True)
+    return not late
 
 
-def changed(recipe: Recipe, changes: list[str]) -> Recipe:
-    """Return the recipe with fields set by texts like rate=1e-4."""
-    return dataclasses.replace(recipe, **{key: _value(text) for key, text in (one.split("=") for one in changes)})
+def _guarded(job: Job, *, models: Path, data: Path, device: str, end: float) -> tuple[Job, dict[str, Any] | None]:
+    return job, None if time.monotonic() > end else run(job, models, data, device)
 
 
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def keep(job: Job, numbers: dict[str, Any]) -> None:
+    """Write a run's file."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / job.file).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
 
 
 def write(folder: Path) -> None:
@@ -101,35 +96,20 @@ def main() -> int:
     parser.add_argument("--shots", type=int, nargs="+", default=[16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--choose", action="store_true", help="run the candidates on held-out training rows instead")
     parser.add_argument("--write", action="store_true", help="print the tables and draw the plot of the runs there")
-    parser.add_argument("--dev", action="store_true", help="score held-out training rows, to choose by")
-    parser.add_argument("--with", dest="changes", nargs="+", default=[])
-    parser.add_argument("--runs", type=Path, default=RESULTS / "overfitting")
     options = parser.parse_args()
-    if options.dev and options.runs == RESULTS / "overfitting":
-        parser.error("--dev is for choosing: give --runs another folder")
     if options.write:
-        write(options.runs)
+        write(FOLDER)
         return 0
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    options.runs.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
-    for shots in options.shots:
-        for seed in options.seeds:
-            for name in options.sets:
-                for title in options.recipes:
-                    label = "-".join([name, title, str(shots), str(seed), *options.changes]).replace(" ", "_")
-                    path = options.runs / f"{label}.json"
-                    if path.is_file():
-                        continue
-                    if time.monotonic() > end:
-                        print("out of time; call again to go on")
-                        return 0
-                    found = run(options, name, title, shots, seed)
-                    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-                    print(label, *(f"{k}={v:.3f}" for k, v in found.items() if isinstance(v, float)), flush=True)
+    if options.choose:
+        choose(lambda todo, done: work(todo, options, done))
+        return 0
+    if not work(jobs(options), options, keep):
+        print("out of time; call again to go on")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,8 +22,9 @@ from llmtune.modules import eval_mode
 Rows = Sequence[Mapping[str, Any]]
 NAMES = {"trec6": "TREC", "tweeteval_emotion": "emotion", "banking77": "BANKING77", "clinc150": "CLINC150"}
 TOKENS = 48
-DEV = 400
+DEV = 1000
 TEST = 500
+ROWS_AT_ONCE = {"cpu": 16, "cuda": 250}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def load(models: Path, data: Path, name: str, *, shots: int, seed: int, dev: bool = False) -> Data:
     """Return `shots` training rows a class and the rows to score.
 
-    The file of training rows is shuffled once and cut: its first 400 rows are for choosing (`dev`); every seed draws
+    The file of training rows is shuffled once and cut: its first 1000 rows are for choosing (`dev`); every seed draws
     its examples from the rest. The test rows are 500 of the test file, the same in every run.
     """
     folder = data / name
@@ -104,24 +105,23 @@ def encoder(models: Path) -> nn.Module:
 
 @torch.no_grad()
 def predictions(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return logits [N, C] and labels [N] of all rows, in eval mode and bfloat16 autocast."""
-    found = []
-    with eval_mode(model), torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, len(rows), 16):
-            batch = collate_padded(rows[start : start + 16])
-            labels = batch.pop("labels")
-            found.append((model(**batch).logits.float(), labels))
-    logits, targets = (torch.cat(some) for some in zip(*found, strict=True))
-    return logits, targets
+    """Return logits [N, C] and labels [N] of all rows, in eval mode; on a CPU in bfloat16 autocast."""
+    return _over(model, rows, lambda batch: model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float())
 
 
 @torch.no_grad()
 def features(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return sentence vectors [N, E] and labels [N] of all rows, in eval mode and bfloat16 autocast."""
+    """Return sentence vectors [N, E] and labels [N] of all rows, in eval mode; on a CPU in bfloat16 autocast."""
+    return _over(model, rows, lambda batch: sentence_embeddings(model, batch))
+
+
+def _over(model: nn.Module, rows: Rows, run: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+    device = next(model.parameters()).device
     found = []
-    with eval_mode(model), torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, len(rows), 16):
-            batch = collate_padded(rows[start : start + 16])
-            found.append((sentence_embeddings(model, batch), batch["labels"]))
-    vectors, targets = (torch.cat(some) for some in zip(*found, strict=True))
-    return vectors, targets
+    with eval_mode(model), torch.autocast("cpu", torch.bfloat16, enabled=device.type == "cpu"):
+        for start in range(0, len(rows), ROWS_AT_ONCE[device.type]):
+            batch = collate_padded(rows[start : start + ROWS_AT_ONCE[device.type]])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            found.append((run(batch).cpu(), batch["labels"].cpu()))
+    values, labels = (torch.cat(some) for some in zip(*found, strict=True))
+    return values, labels

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -50,6 +52,8 @@ class Recipe:
     pooler: bool = False  # AutoModelForSequenceClassification as it comes: first token, its pooler
     head: str = "random"  # or "means", "probe": where the head starts
     frozen: bool = False  # train nothing: the head as it starts
+    refit: bool = False  # after training, put a probe of the trained encoder in the head's place
+    together: int = 0  # so many rows of a class beside each other in every step; 0: rows as they come
     head_rate: float | None = None
     layer_decay: float | None = None
     weight_decay: float = 0.01
@@ -130,6 +134,20 @@ class Loop(TrainingLoop):
         optimizer = torch.optim.AdamW(groups, fused=True)
         return optimizer, get_scheduler("linear", optimizer, self.settings.warmup_steps, self.total_steps)
 
+    def row_indices(self, step: int) -> list[int]:
+        """Return the rows of a step: as they come, or some of each of a few classes."""
+        if not self.recipe.together:
+            return super().row_indices(step)
+        draw, rows = Random(f"{self.settings.seed} {step}"), self.settings.rows_per_step
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(self.train_data):
+            places.setdefault(row["labels"], []).append(place)
+        taken: list[int] = []
+        while len(taken) < rows:  # fewer classes than the step has room for come more than once
+            for label in draw.sample(sorted(places), min(len(places), -(-rows // self.recipe.together))):
+                taken += draw.sample(places[label], min(self.recipe.together, len(places[label])))
+        return taken[:rows]
+
     def prepare_batch(self, batch: Batch) -> Batch:
         """Return the batch, with some tokens replaced."""
         batch = super().prepare_batch(batch)
@@ -144,15 +162,15 @@ class SharpnessAwareLoop(SharpnessAware, Loop):
     """The same by SAM."""
 
 
-def make_model(models: Path, recipe: Recipe, data: Data, seed: int) -> nn.Module:
-    """Return the model with its head as the recipe starts it."""
+def make_model(models: Path, recipe: Recipe, data: Data, seed: int, device: str) -> nn.Module:
+    """Return the model on its device, with its head as the recipe starts it."""
     torch.manual_seed(seed)
     if recipe.pooler:
         bare: nn.Module = AutoModelForSequenceClassification.from_pretrained(
             models / "minilm-l6-v2", num_labels=data.classes, dtype=torch.float32
         )
-        return bare
-    model = Classifier(encoder(models), data.classes)
+        return bare.to(device)
+    model = Classifier(encoder(models), data.classes).to(device)
     if recipe.head != "random":
         vectors, labels = features(model.encoder, data.train)
         if recipe.head == "means":
@@ -163,9 +181,9 @@ def make_model(models: Path, recipe: Recipe, data: Data, seed: int) -> nn.Module
     return model
 
 
-def train(models: Path, name: str, recipe: Recipe, data: Data, seed: int) -> nn.Module:
-    """Return the model, trained."""
-    model = make_model(models, recipe, data, seed)
+def train(models: Path, name: str, recipe: Recipe, data: Data, seed: int, device: str = "cpu") -> nn.Module:
+    """Return the model, trained; in bfloat16 autocast on a CPU, in float32 on a GPU."""
+    model = make_model(models, recipe, data, seed, device)
     if recipe.frozen:
         return model
     if recipe.lora:
@@ -175,8 +193,10 @@ def train(models: Path, name: str, recipe: Recipe, data: Data, seed: int) -> nn.
     steps = round(STEPS[name] * recipe.steps)
     coupled = recipe.contrast or recipe.mixup  # rows that are compared or mixed must be in one micro-batch
     settings = LoopSettings(
-        max_steps=steps, rows_per_step=ROWS[name], rows_per_micro_batch=ROWS[name] if coupled else 16,
-        learning_rate=recipe.rate, warmup_steps=steps // 10, precision="bf16", seed=seed, progress=False,
+        max_steps=steps, rows_per_step=ROWS[name],
+        rows_per_micro_batch=ROWS[name] if coupled or device != "cpu" else 16,
+        learning_rate=recipe.rate, warmup_steps=steps // 10, precision="bf16" if device == "cpu" else "float32",
+        seed=seed, progress=False,
     )  # fmt: skip
     kind = SharpnessAwareLoop if recipe.sharpness else Loop
     penalties = [L2SP(model, recipe.l2sp_penalty)] if recipe.l2sp_penalty else []
@@ -189,6 +209,9 @@ def train(models: Path, name: str, recipe: Recipe, data: Data, seed: int) -> nn.
         loop.rho = recipe.sharpness
     with recipe.around(model):
         loop.fit()
+    if recipe.refit:
+        weight, bias = linear_probe(*features(model.encoder, data.train))
+        model.classifier.load_state_dict({"weight": weight, "bias": bias})
     return model
 
 
@@ -224,20 +247,14 @@ RECIPES: dict[str, Recipe] = {
     "recipe": Recipe(),
     **PARTS,
 }
-# Chosen for each data set on rows held out for that, with other examples than those of the runs that are reported.
-SMALL, MANY = ("trec6", "tweeteval_emotion"), ("banking77", "clinc150")
-RATES = dict.fromkeys(SMALL, 1e-4) | dict.fromkeys(MANY, 1e-3)
-CHOSEN: dict[tuple[str, str], dict[str, Any]] = {
-    ("recipe", "trec6"): {"contrast": 0.5, "sharpness": 0.05},
-    ("recipe", "tweeteval_emotion"): {"contrast": 0.5, "sharpness": 0.05},
-    ("recipe", "banking77"): {"contrast": 0.5, "head": "probe", "rate": 1e-4},
-    ("recipe", "clinc150"): {"contrast": 0.5, "head": "probe", "rate": 1e-4},
-}
+CHOICE = Path(__file__).parent / "results" / "overfitting-choice.json"
 
 
 def recipe_for(title: str, name: str) -> Recipe:
-    """Return the recipe for a data set, with what was chosen for it there."""
-    recipe = replace(RECIPES[title], rate=RATES[name])
+    """Return the recipe for a data set, with what `overfitting_choose.py` found on rows held out for that."""
+    chosen: dict[str, Any] = json.loads(CHOICE.read_text(encoding="utf-8"))["chosen"]
+    rates = chosen["rates"][name]
+    recipe = replace(RECIPES[title], rate=rates.get(title, rates["plain"]))
     if title == "LoRA":
         recipe = replace(recipe, rate=10 * recipe.rate)
-    return replace(recipe, **CHOSEN.get((title, name), {}))
+    return replace(recipe, **chosen["parts"]) if title == "recipe" else recipe
