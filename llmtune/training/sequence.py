@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from llmtune.adapters.attach import adapter_names
 from llmtune.data.collate import collate_packed
 from llmtune.errors import CheckpointError
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.modules import check_module, unwrap
-from llmtune.training.agreement import adapters_of
 from llmtune.training.checkpoint import newest_valid, write_checkpoint
 from llmtune.training.checkpoint_folder import list_checkpoints, remove_checkpoint
 from llmtune.training.checkpoint_read import read_checkpoint
@@ -27,13 +27,13 @@ from llmtune.training.loop import TrainingLoop
 from llmtune.training.randomness import derive_seed, seed_everything
 from llmtune.training.resume import check_writable, refuse_used_folder
 from llmtune.training.sequence_score import Score, accuracy_score, loss_score, scored
-from llmtune.training.sequence_state import adapter_files, checksums, load_model, model_state, plan_state, same_plan
+from llmtune.training.sequence_state import checksums, load_model, model_state, plan_state, same_plan
 from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import is_sharded
 from llmtune.types import Batch, LossFunction
 
-HOOKS = ("before_task", "after_task", "around_scoring", "state_dict", "load_state_dict")
+HOOKS = ("before_task", "after_task", "around_scoring", "rebuild", "state_dict", "load_state_dict")
 
 
 @dataclass
@@ -117,7 +117,7 @@ class TaskSequence:
         self.ranks = Ranks(model)
         self.run_now: TaskRun | None = None  # the task under way, or the last one
         self._start: dict[str, str] = {}
-        self._given: dict[str, Any] = {}
+        self._given: list[str] = []
 
     def run(self, *, resume: bool = False) -> SequenceHistory:
         """Train the tasks not yet finished, and return the history.
@@ -150,7 +150,7 @@ class TaskSequence:
             self.ranks.in_main(partial(refuse_used_folder, folder))
         if (folder := self.settings.folder) is not None:
             self.ranks.in_main(partial(check_writable, Path(folder)))
-        self._start, self._given = checksums(unwrap(self.model)), adapters_of(unwrap(self.model))
+        self._start, self._given = checksums(unwrap(self.model)), adapter_names(unwrap(self.model))
         self.history.baseline = self._scores()
         self._save()
 
@@ -218,8 +218,7 @@ class TaskSequence:
             "model": model_state(self.model, self._start),
             "methods": [method.state_dict() for method in self.methods],
         }
-        files = adapter_files(self.model, self._given)
-        self.ranks.in_main(lambda: write_checkpoint(folder, done, state, keep=self.settings.keep, files=files))
+        self.ranks.in_main(lambda: write_checkpoint(folder, done, state, keep=self.settings.keep))
 
     def _load(self) -> bool:
         """Put the newest state of the folder back; return whether there was one."""
@@ -235,11 +234,14 @@ class TaskSequence:
             if lacking := {"plan", "history", "start", "given", "model", "methods"} - set(state):
                 raise CheckpointError(f"it lacks {', '.join(sorted(lacking))}: it is no sequence's")
             same_plan(self.plan, state["plan"])
-            load_model(self.model, state["model"], state["start"], path)
+            for method, held in zip(self.methods, state["methods"], strict=True):
+                method.load_state_dict(held)
+            load_model(
+                self.model, state["model"], start=state["start"], given=state["given"], methods=self.methods,
+                finished=self.tasks[: len(state["history"]["loops"])],
+            )  # fmt: skip
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        for method, held in zip(self.methods, state["methods"], strict=True):
-            method.load_state_dict(held)
         self._start, self._given, past = state["start"], state["given"], state["history"]
         self.history = SequenceHistory(
             past["tasks"], past["baseline"], past["scores"], [History(rows) for rows in past["loops"]]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_names
 from llmtune.adapters.effective import anchor_of
@@ -19,7 +19,7 @@ from llmtune.modules import unwrap
 from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.training.part_trains import check_whole
-from llmtune.training.sequence_task import TaskMethod, TaskRun
+from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 
 
 class EWCPerTask(TaskMethod):
@@ -165,6 +165,11 @@ class AdapterPerTask(TaskMethod):
         for name, parameter in model.named_parameters():
             if self.also and name.startswith(self.also):
                 parameter.requires_grad_(True)
+
+    def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
+        """Attach the finished tasks' adapters; where they were merged, the last one's."""
+        for task in finished[-1:] if self.merge else finished:
+            AdapterStack(unwrap(model)).start(self.config, task.name)
 
 
 class PenaltyOverTasks(TaskMethod):

@@ -6,25 +6,21 @@ counts by its checksum. So a sequence of LoRAs over a large model costs the adap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.anchor import fingerprint
-from llmtune.adapters.attach import adapter_names, record_of, set_active
+from llmtune.adapters.attach import adapter_names, detach, record_of, set_active
 from llmtune.adapters.layer import bare_named_parameters
 from llmtune.adapters.stack import AdapterStack
-from llmtune.adapters.stack_files import take_off
 from llmtune.errors import CheckpointError
 from llmtune.modules import unwrap
 from llmtune.training.agreement import adapters_of, data_fingerprint, same_adapters, shape_of
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.settings import ROUNDING, LoopSettings
-
-ADAPTERS = "adapters"
 
 
 def checksums(model: nn.Module) -> dict[str, str]:
@@ -63,47 +59,34 @@ def model_state(model: nn.Module, start: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def adapter_files(model: nn.Module, given: Mapping[str, Any]) -> Callable[[Path], None] | None:
-    """Return what writes the adapters into a checkpoint's folder; None where they are those the model came with.
-
-    Args:
-        model: the model.
-        given: `adapters_of` it before the first task.
-    """
-    now = adapters_of(unwrap(model))
-    if not now or now == given:
-        return None
-
-    def write(folder: Path) -> None:
-        try:
-            AdapterStack(unwrap(model)).save(folder / ADAPTERS)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"the sequence cannot be saved, because an adapter of its model cannot: {error}. Attach such adapters "
-                "before the first task, or run the sequence without a folder"
-            ) from error
-
-    return write
-
-
-def load_model(model: nn.Module, state: Mapping[str, Any], start: Mapping[str, str], path: Path) -> None:
+def load_model(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    start: Mapping[str, str],
+    given: Collection[str],
+    methods: Sequence[TaskMethod],
+    finished: Sequence[Task],
+) -> None:
     """Make the model what it was, its adapters and what is trained included.
 
     Args:
         model: the model as it was before the first task, or as a run that failed has left it.
         state: of `model_state`.
         start: checksums from before the first task.
-        path: the checkpoint's folder.
+        given: names of the adapters that were there before the first task.
+        methods: rebuild what they had attached, their own states loaded.
+        finished: the tasks before the state.
 
     Raises:
         CheckpointError: the model is another than the sequence began with; names the first difference.
     """
     model = unwrap(model)
+    for name in reversed([name for name in adapter_names(model) if name not in given]):
+        detach(model, name)  # of a run that failed in this very process
     _check_bare(model, state, start)
-    if adapters_of(model) != state["adapters"]:
-        take_off(model)
-        if state["adapters"]:
-            AdapterStack.load(model, path / ADAPTERS, folded=state["folded"])
+    for method in methods:
+        method.rebuild(model, finished)
     same_adapters(adapters_of(model), state["adapters"])
     targets: dict[str, dict[str, Tensor]] = {"bare": dict(bare_named_parameters(model)), "own": dict(_beside(model))}
     for part, own in targets.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +141,7 @@ class TaskMethod:
 
     A hook may draw from torch's, NumPy's and Python's random state, which is a function of (seed, task, hook) alone. So
     a sequence that is resumed does the same. What a method must know from one task to the next goes through
-    `state_dict`. Adapters and weights need not: the sequence itself keeps the model, with its adapters.
+    `state_dict`. Weights need not, those of adapters included: the sequence itself keeps the model.
     """
 
     def before_task(self, run: TaskRun) -> None:
@@ -160,6 +160,13 @@ class TaskMethod:
     def around_scoring(self, model: nn.Module, task: Task) -> AbstractContextManager[Any]:
         """Return what is entered while the model is scored on the task: its head, its adapter."""
         return nullcontext()
+
+    def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
+        """Give a model as it was before the first task the adapters that `before_task` and `after_task` had given it.
+
+        Called when a sequence is resumed, after `load_state_dict`. Which parameters there are is what matters: their
+        values, what is trained and which adapters are on is put back afterwards.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What later tasks need: tensors and JSON values under string keys."""

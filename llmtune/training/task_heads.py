@@ -28,6 +28,7 @@ class TaskHeads(nn.Module):
         ValueError: there is no task, a name has a dot in it, or a task has fewer than two classes.
 
     Example:
+        >>> import torch
         >>> heads = TaskHeads({"questions": 6, "intents": 7}, features=5)
         >>> heads.use("intents")
         >>> heads(torch.randn(2, 5)).shape
