@@ -87,6 +87,11 @@ def load_model(
     _check_bare(model, state, start)
     for method in methods:
         method.rebuild(model, finished)
+    if lost := [name for name in state["adapters"] if name not in adapter_names(model)]:
+        raise CheckpointError(
+            f'the model had adapter "{lost[0]}" in the run, and now nothing has attached it: attach it before the '
+            "sequence, or, where a method attaches it, write the method's rebuild(model, finished)"
+        )
     same_adapters(adapters_of(model), state["adapters"])
     targets: dict[str, dict[str, Tensor]] = {"bare": dict(bare_named_parameters(model)), "own": dict(_beside(model))}
     for part, own in targets.items():

@@ -16,8 +16,7 @@ class TaskHeads(nn.Module):
     """One linear head a task, of which `current` is run; stands where a classifier's head stood.
 
     All heads are there from the start, under names of their own, so that a penalty on one task's head says nothing of
-    another's, and saving and resuming need no thought. A head that is not run gets no gradient, and torch's optimizers
-    leave it as it is.
+    another's, and saving and resuming need no thought.
 
     Args:
         classes: how many classes each task has, 2 or more, by the task's name; in the order of the sequence.
@@ -71,18 +70,31 @@ class TaskHeads(nn.Module):
 class HeadPerTask(TaskMethod):
     """Trains and scores each task by its own head; the model has a `TaskHeads` in the place of its head.
 
+    The other heads are frozen meanwhile. Where an adapter's `train_modules` names the heads, they are the copy that it
+    trains; `AdapterPerTask` stands before this method, with the heads in `also`.
+
     What is known of a text is then which task it is of (task-incremental learning). Without this method a classifier
     has one head over the classes of all tasks (class-incremental learning), labelled through.
     """
 
     def before_task(self, run: TaskRun) -> None:
-        """Switch to the task's head.
+        """Switch to the task's head, and let it train alone of all heads.
 
         Raises:
-            ValueError: the model has no `TaskHeads`, or none for the task.
+            ValueError: the model has no `TaskHeads`, or none for the task, or they are frozen.
         """
-        for heads in _heads_of(run.model):
+        found = _heads_of(run.model)
+        trained = [heads for heads in found if any(p.requires_grad for p in heads.parameters())]
+        if not trained:
+            raise ValueError(
+                "the heads are frozen, and a task would be learned through a random one: name them in the adapter's "
+                "train_modules, or in AdapterPerTask(also=...) before this method"
+            )
+        for heads in found:
             heads.use(run.task.name)
+        for heads in trained:
+            for name, head in heads.heads.items():
+                head.requires_grad_(name == f"task_{run.task.name}")
 
     def around_scoring(self, model: nn.Module, task: Task) -> AbstractContextManager[Any]:
         """Switch to the task's head, and back."""

@@ -24,7 +24,7 @@ def lived(make, folder):
 
 
 def ends_as_alone(tmp_path, kind, stages):
-    make_run(tmp_path, kind=kind)  # what is imported on first use is there when runs are forked
+    make_run(None, kind=kind).fit()  # what is imported on first use is there when runs are forked
     alone = lived(partial(make_run, kind=kind), tmp_path / "alone").result()
     assert "outcome" in alone, alone
     for number, stage in enumerate(stages):
