@@ -26,7 +26,8 @@ from llmtune.training.sequence_methods import (
     DistillFromEarlier,
     EWCPerTask,
     L2SPToLast,
-    PenaltyOverTasks,
+    OverTasks,
+    Replay,
 )
 from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 from llmtune.training.settings import LoopSettings
@@ -56,9 +57,10 @@ __all__ = [
     "LogTo",
     "LoopSettings",
     "NotebookView",
+    "OverTasks",
     "PartTrains",
-    "PenaltyOverTasks",
     "Profile",
+    "Replay",
     "SequenceHistory",
     "SharpnessAware",
     "Task",

@@ -20,6 +20,7 @@ from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.training.part_trains import check_whole
 from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
+from llmtune.types import Callback
 
 
 class EWCPerTask(TaskMethod):
@@ -172,51 +173,101 @@ class AdapterPerTask(TaskMethod):
             AdapterStack(unwrap(model)).start(self.config, task.name)
 
 
-class PenaltyOverTasks(TaskMethod):
-    """One penalty for all tasks that learns from each: whatever is called in training and told when a task ends.
+class OverTasks(TaskMethod):
+    """One part for all tasks that learns from each: a penalty or a callback that is told when a task ends.
 
     Args:
-        penalty: a `Penalty` with `state_dict` and `load_state_dict`; where it is a `Callback` too it watches each loop.
-        finish: called after each task with the penalty and the `TaskRun`: what it takes from the trained task.
+        part: a `Penalty`, which may be a `Callback` too, or a `Callback` that is none; with `state_dict` and
+            `load_state_dict`.
+        finish: called after each task with the part and the `TaskRun`: what the part takes from the trained task, as in
+            `lambda part, run: part.finish_task(run.model, run.batches(100))`.
 
     Raises:
-        TypeError: the penalty cannot be called, or has no state to save.
+        TypeError: the part is neither, or has no state to save.
 
     Example:
-        >>> from llmtune.training import PenaltyOverTasks
         >>> class Count:
         ...     seen = 0
         ...     def __call__(self, model):
         ...         return 0.0 * sum(parameter.sum() for parameter in model.parameters())
+        ...     def finish_task(self, batches):
+        ...         self.seen += sum(len(batch["labels"]) for batch in batches)
         ...     def state_dict(self):
         ...         return {"seen": self.seen}
         ...     def load_state_dict(self, state):
         ...         self.seen = state["seen"]
-        >>> def finish(penalty, run):  # for one of ours: penalty.finish_task(...)
-        ...     penalty.seen += sum(len(batch["labels"]) for batch in run.batches())
-        >>> method = PenaltyOverTasks(Count(), finish)
+        >>> method = OverTasks(Count(), lambda part, run: part.finish_task(run.batches()))
     """
 
-    def __init__(self, penalty: Any, finish: Callable[[Any, TaskRun], Any]) -> None:
-        for name in ("__call__", "state_dict", "load_state_dict"):
-            if not callable(getattr(penalty, name, None)):
-                raise TypeError(
-                    f"the penalty must be callable and have state_dict and load_state_dict; {penalty!r} has no {name}"
-                )
-        self.penalty, self.finish = penalty, finish
+    def __init__(self, part: Any, finish: Callable[[Any, TaskRun], Any]) -> None:
+        if not callable(part) and not isinstance(part, Callback):
+            raise TypeError(f"a penalty, called with the model, or a Callback is expected; got {part!r}")
+        for name in ("state_dict", "load_state_dict"):
+            if not callable(getattr(part, name, None)):
+                raise TypeError(f"the part must have state_dict and load_state_dict; {part!r} has no {name}")
+        self.part, self.finish = part, finish
 
     def before_task(self, run: TaskRun) -> None:
-        """Give the task's loop the penalty."""
-        run.penalties.append(self.penalty)
+        """Give the part to the task's loop."""
+        (run.penalties if callable(self.part) else run.callbacks).append(self.part)
 
     def after_task(self, run: TaskRun) -> None:
-        """Tell the penalty that the task has ended."""
-        self.finish(self.penalty, run)
+        """Tell the part that the task has ended."""
+        self.finish(self.part, run)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the penalty's state."""
-        return dict(self.penalty.state_dict())
+        """Return the part's state."""
+        return dict(self.part.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give it back."""
-        self.penalty.load_state_dict(state)
+        self.part.load_state_dict(state)
+
+
+class Replay(TaskMethod):
+    """Rows of earlier tasks, kept in a buffer, are mixed into each task but the first.
+
+    Args:
+        buffer: with a length, `add(rows)`, `state_dict` and `load_state_dict`. One whose `per_task` is true is told the
+            task: `add(rows, task=name)`.
+        mix: called with the task's rows and the buffer, returns the rows to train on.
+
+    Raises:
+        TypeError: the buffer lacks one of these.
+
+    Example:
+        >>> class First(list):  # keeps the first row of each task
+        ...     def add(self, rows):
+        ...         self.append(rows[0])
+        ...     def state_dict(self):
+        ...         return {"rows": list(self)}
+        ...     def load_state_dict(self, state):
+        ...         self[:] = state["rows"]
+        >>> method = Replay(First(), lambda new, old: [*new, *old])
+    """
+
+    def __init__(self, buffer: Any, mix: Callable[[Any, Any], Any]) -> None:
+        for name in ("__len__", "add", "state_dict", "load_state_dict"):
+            if not callable(getattr(buffer, name, None)):
+                raise TypeError(
+                    f"a buffer with a length, add, state_dict and load_state_dict is expected; got {buffer!r}"
+                )
+        self.buffer, self.mix = buffer, mix
+
+    def before_task(self, run: TaskRun) -> None:
+        """Mix the buffer's rows into the task's."""
+        if len(self.buffer):
+            run.train_data = self.mix(run.train_data, self.buffer)
+
+    def after_task(self, run: TaskRun) -> None:
+        """Show the task's own rows to the buffer."""
+        named = {"task": run.task.name} if getattr(self.buffer, "per_task", False) else {}
+        self.buffer.add(run.task.train, **named)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buffer's state."""
+        return dict(self.buffer.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give it back."""
+        self.buffer.load_state_dict(state)

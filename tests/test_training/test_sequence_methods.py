@@ -20,10 +20,12 @@ from llmtune.training.sequence_methods import (
     DistillFromEarlier,
     EWCPerTask,
     L2SPToLast,
-    PenaltyOverTasks,
+    OverTasks,
+    Replay,
 )
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.task_heads import HeadPerTask, TaskHeads
+from llmtune.types import Callback
 
 ADAPTER = LoRA(rank=3, alpha=6, targets=["q_proj"])
 
@@ -192,19 +194,64 @@ class Pull:
 
 def test_one_penalty_for_all_tasks_hears_of_each():
     model, penalty = tiny_llama(), Pull()
-    method = PenaltyOverTasks(penalty, lambda own, run: own.ends.append(run.model.lm_head.weight.detach().clone()))
+    method = OverTasks(penalty, lambda own, run: own.ends.append(run.model.lm_head.weight.detach().clone()))
     seen = Looks(after=lambda run: model.lm_head.weight.detach().clone())
     run(model, method, seen)
     assert len(penalty.ends) == 3
     assert all(torch.equal(one, other) for one, other in zip(penalty.ends, seen.found[1::2], strict=True))
     assert method.state_dict()["ends"] is penalty.ends
-    other = PenaltyOverTasks(Pull(), print)
+    other = OverTasks(Pull(), print)
     other.load_state_dict(method.state_dict())
-    assert len(other.penalty.ends) == 3
-    with pytest.raises(
-        TypeError, match=r"must be callable and have state_dict and load_state_dict; .* has no state_dict"
-    ):
-        PenaltyOverTasks(lambda model: 0.0, print)
+    assert len(other.part.ends) == 3
+
+
+def test_a_callback_over_all_tasks_watches_each():
+    class Steps(Callback):
+        steps = 0
+
+        def on_step_end(self, loop, metrics):
+            self.steps += 1
+
+    part, ends = Steps(), []
+    run(tiny_llama(), OverTasks(part, lambda own, run: ends.append((own is part, run.task.name, own.steps))))
+    assert ends == [(True, "maths", 3), (True, "french", 6), (True, "law", 9)]
+    with pytest.raises(TypeError, match=r"must have state_dict and load_state_dict; .* has no state_dict"):
+        OverTasks(lambda model: 0.0, print)
+    with pytest.raises(TypeError, match=r"a penalty, called with the model, or a Callback is expected; got 3"):
+        OverTasks(3, print)
+
+
+class Kept(list):
+    """A buffer of each task's first rows."""
+
+    def __init__(self, per_task=False):
+        self.per_task, self.told = per_task, []
+
+    def add(self, rows, **named):
+        self.told.append(named)
+        self.extend(rows[:2])
+
+    def state_dict(self):
+        return {"rows": list(self)}
+
+    def load_state_dict(self, state):
+        self[:] = state["rows"]
+
+
+@pytest.mark.parametrize("per_task", [False, True])
+def test_rows_of_the_earlier_tasks_are_mixed_in_and_only_own_ones_kept(per_task):
+    buffer, tasks = Kept(per_task), language_tasks()
+    method = Replay(buffer, lambda new, old: [*new, *old])
+    seen = Looks(before=lambda run: list(run.train_data))
+    run(tiny_llama(), method, seen, tasks=tasks)
+    first, second, third = (task.train for task in tasks)
+    assert seen.found[::2] == [first, [*second, *first[:2]], [*third, *first[:2], *second[:2]]]
+    assert buffer.told == ([{"task": task.name} for task in tasks] if per_task else [{}] * 3)
+    other = Replay(Kept(), print)
+    other.load_state_dict(method.state_dict())
+    assert list(other.buffer) == list(buffer)
+    with pytest.raises(TypeError, match=r"a buffer with a length, add, state_dict and .* expected; got \[\]"):
+        Replay([], print)
 
 
 class TestHeads:
