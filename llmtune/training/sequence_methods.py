@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from llmtune.adapters.attach import adapter_names
-from llmtune.adapters.effective import anchor_of
+from llmtune.adapters.effective import anchor_of, choose_parameters
+from llmtune.adapters.merge import merge
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.stack import AdapterStack
 from llmtune.errors import did_you_mean
@@ -35,7 +35,8 @@ class EWCPerTask(TaskMethod):
         kind: of the Fisher information, as in `diagonal_fisher`.
         unit: as in `diagonal_fisher`.
         examples: of how many of a task's rows it is taken, drawn at random; None for all.
-        parameters: bare names, or a function of one, that says what is held; left out, all that is trained.
+        parameters: bare names, or a function of one, that says what is held; left out, all that the task trains, as
+            the methods before this one have arranged it.
 
     Raises:
         ValueError: strength is negative or not finite, or `examples` is no whole number of at least 1.
@@ -61,17 +62,19 @@ class EWCPerTask(TaskMethod):
         self.strength, self.kind, self.unit = float(strength), kind, unit
         self.examples, self.parameters = examples, parameters
         self.held: dict[str, dict[str, Mapping[str, Tensor]]] = {}  # by task: "fisher" and "anchor"
+        self._chosen: list[str] = []
 
     def before_task(self, run: TaskRun) -> None:
-        """Add a penalty for each earlier task."""
+        """Add a penalty for each earlier task, and note what this one trains."""
+        self._chosen = list(choose_parameters(run.model, self.parameters))
         run.penalties += [EWC(past["fisher"], past["anchor"], self.strength) for past in self.held.values()]
 
     def after_task(self, run: TaskRun) -> None:
         """Take the Fisher information and the anchor of the trained task."""
         fisher = diagonal_fisher(
-            run.model, run.batches(self.examples), kind=self.kind, unit=self.unit, parameters=self.parameters
+            run.model, run.batches(self.examples), kind=self.kind, unit=self.unit, parameters=self._chosen
         )
-        self.held[run.task.name] = {"fisher": fisher, "anchor": anchor_of(run.model, list(fisher))}
+        self.held[run.task.name] = {"fisher": fisher, "anchor": anchor_of(run.model, self._chosen)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return each finished task's Fisher information and anchor."""
@@ -132,9 +135,12 @@ class DistillFromEarlier(TaskMethod):
 class AdapterPerTask(TaskMethod):
     """A new adapter for each task, the earlier ones frozen and left on, or merged into the weights.
 
+    It stands before the methods that hold or distil, which look at what is trained.
+
     Args:
         config: of every task's adapter: `LoRA(...)`, or another record.
-        merge: fold the adapter before into the weights for good, so that there is never more than one.
+        merge: fold each task's adapter into the weights for good when the task has ended, so that none is left between
+            tasks. What holds the model then stands after this method, and sees it merged.
         also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
             head that goes on from task to task.
 
@@ -151,25 +157,30 @@ class AdapterPerTask(TaskMethod):
         """Attach the task's adapter, under the task's name.
 
         Raises:
-            ValueError: `also` names what the model has not; and as `attach` and `merge`.
+            ValueError: `also` names what the model has not; and as `attach`.
         """
         model = unwrap(run.model)
         names = [name for name, _ in model.named_parameters()]
         for start in self.also:
             if not any(name.startswith(start) for name in names):
                 raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
-        stack = AdapterStack(model)
-        if self.merge and adapter_names(model):
-            stack.merge_and_start(self.config, run.task.name)
-        else:
-            stack.start(self.config, run.task.name)
+        AdapterStack(model).start(self.config, run.task.name)
         for name, parameter in model.named_parameters():
             if self.also and name.startswith(self.also):
                 parameter.requires_grad_(True)
 
+    def after_task(self, run: TaskRun) -> None:
+        """Merge the task's adapter, where that is asked for.
+
+        Raises:
+            ValueError: as `merge`.
+        """
+        if self.merge:
+            merge(run.model, run.task.name, keep_base=False)
+
     def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
-        """Attach the finished tasks' adapters; where they were merged, the last one's."""
-        for task in finished[-1:] if self.merge else finished:
+        """Attach the finished tasks' adapters, but for those that were merged."""
+        for task in () if self.merge else finished:
             AdapterStack(unwrap(model)).start(self.config, task.name)
 
 
@@ -181,6 +192,7 @@ class OverTasks(TaskMethod):
             `load_state_dict`.
         finish: called after each task with the part and the `TaskRun`: what the part takes from the trained task, as in
             `lambda part, run: part.finish_task(run.model, run.batches(100))`.
+        start: called before each task with the same; left out, the part needs no telling.
 
     Raises:
         TypeError: the part is neither, or has no state to save.
@@ -199,16 +211,24 @@ class OverTasks(TaskMethod):
         >>> method = OverTasks(Count(), lambda part, run: part.finish_task(run.batches()))
     """
 
-    def __init__(self, part: Any, finish: Callable[[Any, TaskRun], Any]) -> None:
+    def __init__(
+        self,
+        part: Any,
+        finish: Callable[[Any, TaskRun], Any],
+        *,
+        start: Callable[[Any, TaskRun], Any] | None = None,
+    ) -> None:
         if not callable(part) and not isinstance(part, Callback):
             raise TypeError(f"a penalty, called with the model, or a Callback is expected; got {part!r}")
         for name in ("state_dict", "load_state_dict"):
             if not callable(getattr(part, name, None)):
                 raise TypeError(f"the part must have state_dict and load_state_dict; {part!r} has no {name}")
-        self.part, self.finish = part, finish
+        self.part, self.finish, self.start = part, finish, start
 
     def before_task(self, run: TaskRun) -> None:
         """Give the part to the task's loop."""
+        if self.start is not None:
+            self.start(self.part, run)
         (run.penalties if callable(self.part) else run.callbacks).append(self.part)
 
     def after_task(self, run: TaskRun) -> None:

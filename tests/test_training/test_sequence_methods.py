@@ -140,17 +140,24 @@ class TestAdapterPerTask:
         changed = [n for n, p in base.items() if n in now and not torch.equal(p, now[n])]
         assert changed == ["lm_head.weight"]
 
-    def test_merged_there_is_one_and_the_model_is_the_one_by_hand(self):
-        model = tiny_llama()
-        before = Looks(
-            before=lambda run: None, after=lambda run: anchor_of(model, ["model.layers.0.self_attn.q_proj.weight"])
+    def test_merged_none_is_left_and_the_weights_have_it_all(self):
+        model, weight = tiny_llama(), "model.layers.0.self_attn.q_proj.weight"
+        before = weights(model)
+        ends, merged = (
+            Looks(after=lambda run: anchor_of(model, [weight])[weight]),
+            Looks(after=lambda run: weights(model)),
         )
-        run(model, AdapterPerTask(ADAPTER, merge=True), before)
-        assert adapter_names(model) == ["law"]
-        assert AdapterStack(model).folded == ["maths", "french"]
-        merged = {n: p for n, p in weights(model).items() if n.endswith("q_proj.base.weight")}
-        (second,) = before.found[3].values()
-        torch.testing.assert_close(merged["model.layers.0.self_attn.q_proj.base.weight"], second)
+        ewc = EWCPerTask(1.0, examples=2)
+        run(model, ends, AdapterPerTask(ADAPTER, merge=True), ewc, merged)
+        assert adapter_names(model) == []
+        for wide, now in zip(ends.found[1::2], merged.found[1::2], strict=True):
+            torch.testing.assert_close(now[weight], wide)
+            assert now.keys() == before.keys()
+        assert sorted(n for n, p in weights(model).items() if not torch.equal(p, before[n])) == [
+            f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)
+        ]
+        assert [sorted(held["anchor"]) for held in ewc.held.values()] == [[weight, weight.replace("0", "1")]] * 3
+        assert torch.equal(ewc.held["law"]["anchor"][weight], model.get_parameter(weight))
 
     def test_bad_input(self):
         with pytest.raises(TypeError, match="also must be a list of beginnings of names; got the one string 'head'"):
@@ -212,8 +219,14 @@ def test_a_callback_over_all_tasks_watches_each():
         def on_step_end(self, loop, metrics):
             self.steps += 1
 
-    part, ends = Steps(), []
-    run(tiny_llama(), OverTasks(part, lambda own, run: ends.append((own is part, run.task.name, own.steps))))
+    part, ends, starts = Steps(), [], []
+    method = OverTasks(
+        part,
+        lambda own, run: ends.append((own is part, run.task.name, own.steps)),
+        start=lambda own, run: starts.append((own is part, own.steps)),
+    )
+    run(tiny_llama(), method)
+    assert starts == [(True, 0), (True, 3), (True, 6)]
     assert ends == [(True, "maths", 3), (True, "french", 6), (True, "law", 9)]
     with pytest.raises(TypeError, match=r"must have state_dict and load_state_dict; .* has no state_dict"):
         OverTasks(lambda model: 0.0, print)
