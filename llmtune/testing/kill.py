@@ -163,7 +163,7 @@ def _live(make: MakeRun, folder: Path, pipe: int, *, calls: int, saves: int) -> 
     seen = {"saves": 0, "calls": 0, "seconds": 0.0}
     said: dict[str, Any] = {}
     try:
-        _watch(seen, pipe, calls=calls, saves=saves)
+        _watch(seen, pipe, folder, calls=calls, saves=saves)
         loop = make(folder)
         loop.fit(resume=True)
         said = {"outcome": outcome(loop)}
@@ -175,8 +175,12 @@ def _live(make: MakeRun, folder: Path, pipe: int, *, calls: int, saves: int) -> 
         os._exit(0)
 
 
-def _watch(seen: dict[str, Any], pipe: int, *, calls: int, saves: int) -> None:
-    """Count the saves of this process and the calls that touch their hidden files; die at one of them."""
+def _watch(seen: dict[str, Any], pipe: int, folder: Path, *, calls: int, saves: int) -> None:
+    """Count the saves of this process and the calls that touch their hidden files; die at one of them.
+
+    Saves into folders below the run's, of a run that consists of runs, count as well; published is what shows in its
+    own.
+    """
     began, counted, published = 0.0, 0, b""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -193,7 +197,8 @@ def _watch(seen: dict[str, Any], pipe: int, *, calls: int, saves: int) -> None:
             began, counted = time.monotonic(), 0
             seen["saves"] += 1
             os.write(pipe, b"saving\n")
-        if event == "os.rename" and (name := os.path.basename(arguments[1])).startswith("step-"):
+        own = event == "os.rename" and os.path.dirname(os.path.abspath(arguments[1])) == os.path.abspath(folder)
+        if own and (name := os.path.basename(arguments[1])).startswith("step-"):
             published = f"published {int(name.removeprefix('step-'))}\n".encode()
         counted += 1
         if counted == calls and seen["saves"] >= saves:

@@ -20,30 +20,54 @@ from llmtune.training.part_trains import PartTrains
 from llmtune.training.profile import Profile
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.samples import GenerateSamples
+from llmtune.training.sequence import SequenceHistory, TaskSequence
+from llmtune.training.sequence_methods import (
+    AdapterPerTask,
+    DistillFromEarlier,
+    EWCPerTask,
+    L2SPToLast,
+    OverTasks,
+    Replay,
+)
+from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import shard
 from llmtune.training.sharpness import SharpnessAware
+from llmtune.training.task_heads import HeadPerTask, TaskHeads
 from llmtune.training.top_layers import freeze_first_layers, reinitialise_top_layers
 from llmtune.training.utilisation import Utilisation, matmul_ceiling
 
 __all__ = [
     "LISA",
+    "AdapterPerTask",
     "AverageWeights",
     "CheckpointWriter",
     "CsvLog",
+    "DistillFromEarlier",
+    "EWCPerTask",
     "EarlyStopping",
     "GeneralizationGap",
     "GenerateSamples",
     "GradualUnfreezing",
+    "HeadPerTask",
     "History",
     "KeepBest",
+    "L2SPToLast",
     "LinearProbeFirst",
     "LogTo",
     "LoopSettings",
     "NotebookView",
+    "OverTasks",
     "PartTrains",
     "Profile",
+    "Replay",
+    "SequenceHistory",
     "SharpnessAware",
+    "Task",
+    "TaskHeads",
+    "TaskMethod",
+    "TaskRun",
+    "TaskSequence",
     "TrainingLoop",
     "Utilisation",
     "fixed_randomness",

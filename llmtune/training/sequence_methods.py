@@ -1,0 +1,293 @@
+"""Methods against forgetting for a sequence of tasks, each a few lines around a part that works alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from llmtune.adapters.effective import anchor_of, choose_parameters
+from llmtune.adapters.merge import merge
+from llmtune.adapters.record import AdapterConfig
+from llmtune.adapters.stack import AdapterStack
+from llmtune.errors import did_you_mean
+from llmtune.forgetting.distillation import DistillToBase
+from llmtune.forgetting.ewc import EWC
+from llmtune.forgetting.fisher import diagonal_fisher
+from llmtune.modules import unwrap
+from llmtune.regularizers.anchored import check_strength
+from llmtune.regularizers.l2sp import L2SP
+from llmtune.training.part_trains import check_whole
+from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
+from llmtune.types import Callback
+
+
+class EWCPerTask(TaskMethod):
+    """Elastic weight consolidation with a penalty for every earlier task, each task's Fisher information and anchor
+    kept.
+
+    The loss of task t plus strength / 2 * sum over tasks k < t of sum_i F_ki (theta_i - anchor_ki)^2. Memory and cost
+    grow with the number of tasks: each keeps two tensors the size of what is trained.
+
+    Args:
+        strength: 0 or more, the same for all tasks.
+        kind: of the Fisher information, as in `diagonal_fisher`.
+        unit: as in `diagonal_fisher`.
+        examples: of how many of a task's rows it is taken, drawn at random; None for all.
+        parameters: bare names, or a function of one, that says what is held; left out, all that the task trains, as
+            the methods before this one have arranged it.
+
+    Raises:
+        ValueError: strength is negative or not finite, or `examples` is no whole number of at least 1.
+
+    Reference:
+        Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", equation 3; that old tasks'
+        penalties are summed rather than replaced is said in section 2.1 there. Huszar 2018 shows that this counts early
+        tasks too often; one running penalty is `OnlineEWC`'s.
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        *,
+        kind: Literal["sampled", "exact", "empirical"] = "sampled",
+        unit: Literal["sequence", "token"] = "sequence",
+        examples: int | None = None,
+        parameters: Collection[str] | Callable[[str], bool] | None = None,
+    ) -> None:
+        check_strength("strength", strength)
+        if examples is not None:
+            check_whole("examples", examples)
+        self.strength, self.kind, self.unit = float(strength), kind, unit
+        self.examples, self.parameters = examples, parameters
+        self.held: dict[str, dict[str, Mapping[str, Tensor]]] = {}  # by task: "fisher" and "anchor"
+        self._chosen: list[str] = []
+
+    def before_task(self, run: TaskRun) -> None:
+        """Add a penalty for each earlier task, and note what this one trains."""
+        self._chosen = list(choose_parameters(run.model, self.parameters))
+        run.penalties += [EWC(past["fisher"], past["anchor"], self.strength) for past in self.held.values()]
+
+    def after_task(self, run: TaskRun) -> None:
+        """Take the Fisher information and the anchor of the trained task."""
+        fisher = diagonal_fisher(
+            run.model, run.batches(self.examples), kind=self.kind, unit=self.unit, parameters=self._chosen
+        )
+        self.held[run.task.name] = {"fisher": fisher, "anchor": anchor_of(run.model, self._chosen)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return each finished task's Fisher information and anchor."""
+        return {"tasks": list(self.held), "held": list(self.held.values())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.held = dict(zip(state["tasks"], state["held"], strict=True))
+
+
+class L2SPToLast(TaskMethod):
+    """Holds each task but the first to the weights that the one before left: `L2SP` with a new anchor every task.
+
+    Args:
+        strength: 0 or more.
+        new: names of parameters, or a function of one, that are not held, as in `L2SP`: those of a head.
+
+    Raises:
+        ValueError: strength is negative or not finite.
+    """
+
+    def __init__(self, strength: float, *, new: Collection[str] | Callable[[str], bool] | None = None) -> None:
+        check_strength("strength", strength)
+        self.strength, self.new = float(strength), new
+
+    def before_task(self, run: TaskRun) -> None:
+        """Add the penalty, anchored at the model as it is."""
+        if run.index:
+            run.penalties.append(L2SP(run.model, self.strength, new=self.new))
+
+
+class DistillFromEarlier(TaskMethod):
+    """Learning without forgetting: predictions may move no further than they must from those of the earlier model.
+
+    The earlier model is this one with only those adapters left on that are not being trained: with an adapter a task
+    (`AdapterPerTask`, which stands before this method) the model before the task; with one adapter for all of them the
+    base. Needs adapters; see `DistillToBase`.
+
+    Args:
+        strength: 0 or more.
+        temperature: larger than 0.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    def __init__(self, strength: float, *, temperature: float = 1.0) -> None:
+        DistillToBase(strength=strength, temperature=temperature)  # checks them
+        self.strength, self.temperature = float(strength), float(temperature)
+
+    def before_task(self, run: TaskRun) -> None:
+        """Put the distillation around the loss."""
+        stack = AdapterStack(unwrap(run.model))
+        teacher = tuple(name for name in stack.active if name not in stack.trained)
+        run.loss = DistillToBase(run.loss, strength=self.strength, temperature=self.temperature, teacher=teacher)
+
+
+class AdapterPerTask(TaskMethod):
+    """A new adapter for each task, the earlier ones frozen and left on, or merged into the weights.
+
+    It stands before the methods that hold or distil, which look at what is trained.
+
+    Args:
+        config: of every task's adapter: `LoRA(...)`, or another record.
+        merge: fold each task's adapter into the weights for good when the task has ended, so that none is left between
+            tasks. What holds the model then stands after this method, and sees it merged.
+        also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
+            head that goes on from task to task.
+
+    Raises:
+        TypeError: `also` is one string.
+    """
+
+    def __init__(self, config: AdapterConfig, *, merge: bool = False, also: Collection[str] = ()) -> None:
+        if isinstance(also, str):
+            raise TypeError(f"also must be a list of beginnings of names; got the one string {also!r}")
+        self.config, self.merge, self.also = config, merge, tuple(also)
+
+    def before_task(self, run: TaskRun) -> None:
+        """Attach the task's adapter, under the task's name.
+
+        Raises:
+            ValueError: `also` names what the model has not; and as `attach`.
+        """
+        model = unwrap(run.model)
+        names = [name for name, _ in model.named_parameters()]
+        for start in self.also:
+            if not any(name.startswith(start) for name in names):
+                raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
+        AdapterStack(model).start(self.config, run.task.name)
+        for name, parameter in model.named_parameters():
+            if self.also and name.startswith(self.also):
+                parameter.requires_grad_(True)
+
+    def after_task(self, run: TaskRun) -> None:
+        """Merge the task's adapter, where that is asked for.
+
+        Raises:
+            ValueError: as `merge`.
+        """
+        if self.merge:
+            merge(run.model, run.task.name, keep_base=False)
+
+    def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
+        """Attach the finished tasks' adapters, but for those that were merged."""
+        for task in () if self.merge else finished:
+            AdapterStack(unwrap(model)).start(self.config, task.name)
+
+
+class OverTasks(TaskMethod):
+    """One part for all tasks that learns from each: a penalty or a callback that is told when a task ends.
+
+    Args:
+        part: a `Penalty`, which may be a `Callback` too, or a `Callback` that is none; with `state_dict` and
+            `load_state_dict`.
+        finish: called after each task with the part and the `TaskRun`: what the part takes from the trained task, as in
+            `lambda part, run: part.finish_task(run.model, run.batches(100))`.
+        start: called before each task with the same; left out, the part needs no telling.
+
+    Raises:
+        TypeError: the part is neither, or has no state to save.
+
+    Example:
+        >>> class Count:
+        ...     seen = 0
+        ...     def __call__(self, model):
+        ...         return 0.0 * sum(parameter.sum() for parameter in model.parameters())
+        ...     def finish_task(self, batches):
+        ...         self.seen += sum(len(batch["labels"]) for batch in batches)
+        ...     def state_dict(self):
+        ...         return {"seen": self.seen}
+        ...     def load_state_dict(self, state):
+        ...         self.seen = state["seen"]
+        >>> method = OverTasks(Count(), lambda part, run: part.finish_task(run.batches()))
+    """
+
+    def __init__(
+        self,
+        part: Any,
+        finish: Callable[[Any, TaskRun], Any],
+        *,
+        start: Callable[[Any, TaskRun], Any] | None = None,
+    ) -> None:
+        if not callable(part) and not isinstance(part, Callback):
+            raise TypeError(f"a penalty, called with the model, or a Callback is expected; got {part!r}")
+        for name in ("state_dict", "load_state_dict"):
+            if not callable(getattr(part, name, None)):
+                raise TypeError(f"the part must have state_dict and load_state_dict; {part!r} has no {name}")
+        self.part, self.finish, self.start = part, finish, start
+
+    def before_task(self, run: TaskRun) -> None:
+        """Give the part to the task's loop."""
+        if self.start is not None:
+            self.start(self.part, run)
+        (run.penalties if callable(self.part) else run.callbacks).append(self.part)
+
+    def after_task(self, run: TaskRun) -> None:
+        """Tell the part that the task has ended."""
+        self.finish(self.part, run)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the part's state."""
+        return dict(self.part.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give it back."""
+        self.part.load_state_dict(state)
+
+
+class Replay(TaskMethod):
+    """Rows of earlier tasks, kept in a buffer, are mixed into each task but the first.
+
+    Args:
+        buffer: with a length, `add(rows)`, `state_dict` and `load_state_dict`. One whose `per_task` is true is told the
+            task: `add(rows, task=name)`.
+        mix: called with the task's rows and the buffer, returns the rows to train on.
+
+    Raises:
+        TypeError: the buffer lacks one of these.
+
+    Example:
+        >>> class First(list):  # keeps the first row of each task
+        ...     def add(self, rows):
+        ...         self.append(rows[0])
+        ...     def state_dict(self):
+        ...         return {"rows": list(self)}
+        ...     def load_state_dict(self, state):
+        ...         self[:] = state["rows"]
+        >>> method = Replay(First(), lambda new, old: [*new, *old])
+    """
+
+    def __init__(self, buffer: Any, mix: Callable[[Any, Any], Any]) -> None:
+        for name in ("__len__", "add", "state_dict", "load_state_dict"):
+            if not callable(getattr(buffer, name, None)):
+                raise TypeError(
+                    f"a buffer with a length, add, state_dict and load_state_dict is expected; got {buffer!r}"
+                )
+        self.buffer, self.mix = buffer, mix
+
+    def before_task(self, run: TaskRun) -> None:
+        """Mix the buffer's rows into the task's."""
+        if len(self.buffer):
+            run.train_data = self.mix(run.train_data, self.buffer)
+
+    def after_task(self, run: TaskRun) -> None:
+        """Show the task's own rows to the buffer."""
+        named = {"task": run.task.name} if getattr(self.buffer, "per_task", False) else {}
+        self.buffer.add(run.task.train, **named)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buffer's state."""
+        return dict(self.buffer.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give it back."""
+        self.buffer.load_state_dict(state)

@@ -1,0 +1,137 @@
+"""What the tests of sequences share: small tasks, a method with state, a sequence as the law of kills takes it."""
+
+import os
+import signal
+
+import torch
+
+from llmtune.adapters.attach import attach
+from llmtune.adapters.config import LoRA
+from llmtune.data.collate import collate_padded
+from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2
+from llmtune.training.sequence import TaskSequence
+from llmtune.training.sequence_methods import AdapterPerTask, DistillFromEarlier, EWCPerTask, L2SPToLast
+from llmtune.training.sequence_task import Task, TaskMethod
+from llmtune.training.settings import LoopSettings
+from llmtune.types import Callback
+
+NAMES = ("maths", "french", "law")
+
+
+def texts(count, *, seed, length=5):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def language_tasks(**changed):
+    return [Task(name, texts(7, seed=n), texts(3, seed=10 + n), **changed) for n, name in enumerate(NAMES)]
+
+
+def class_rows_of(labels, *, seed, count=13):
+    """Rows whose class is which of the given tokens the text begins with."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for n in range(count):
+        kind = n % len(labels)
+        rest = torch.randint(50, VOCABULARY, (3,), generator=generator).tolist()
+        rows.append({"input_ids": [3 + 7 * seed + kind, *rest], "labels": labels[kind]})
+    return rows
+
+
+def settings(folder=None, **changed):
+    fixed = {"max_steps": 3, "rows_per_step": 3, "learning_rate": 1e-2, "progress": False}
+    return LoopSettings(**(fixed | {"folder": folder, "save_every": None if folder is None else 1} | changed))
+
+
+class KeepsRows(TaskMethod):
+    """A tiny replay: rows drawn at random from each task, mixed into the next ones; dies where it is told to."""
+
+    def __init__(self, death=()):
+        self.rows, self.death = [], tuple(death)
+
+    def before_task(self, run):
+        die(self.death, ("before", run.index))
+        run.train_data = [*run.train_data, *({"input_ids": r.tolist(), "labels": r.tolist()} for r in self.rows)]
+        run.callbacks.append(Dies(self.death, run.index))
+
+    def after_task(self, run):
+        drawn = torch.randperm(len(run.task.train))[:2].tolist()
+        self.rows += [torch.tensor(run.task.train[place]["input_ids"]) for place in drawn]
+        die(self.death, ("after", run.index))
+
+    def around_scoring(self, model, task):
+        done = len(self.rows) // 2
+        die(self.death, ("score", done, task.name))
+        return super().around_scoring(model, task)
+
+    def state_dict(self):
+        return {"rows": self.rows, "seen": len(self.rows)}
+
+    def load_state_dict(self, state):
+        assert state["seen"] == len(state["rows"])
+        self.rows = list(state["rows"])
+
+
+class Dies(Callback):
+    def __init__(self, death, index):
+        self.death, self.index = death, index
+
+    def on_fit_start(self, loop):
+        die(self.death, ("start", self.index))
+
+    def on_step_end(self, loop, metrics):
+        die(self.death, ("step", self.index, loop.step))
+
+    def on_save(self, loop, folder):
+        die(self.death, ("saved", self.index, loop.step))
+
+    def on_fit_end(self, loop):
+        die(self.death, ("end", self.index))
+
+
+def die(death, place):
+    if death == place:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class AsRun:
+    """A sequence with the names that `check_killed` asks of a loop."""
+
+    def __init__(self, sequence):
+        self.sequence, self.model = sequence, sequence.model
+
+    def fit(self, *, resume=False):
+        return self.sequence.run(resume=resume)
+
+    def state_dict(self):
+        history = self.sequence.history
+        scores = torch.tensor([history.baseline, *history.scores], dtype=torch.float64)
+        return {"scores": scores, "methods": [method.state_dict() for method in self.sequence.methods]}
+
+    @property
+    def history(self):
+        loops = enumerate(self.sequence.history.loops)
+        return [row | {"step": f"{task}.{row['step']}"} for task, rows in loops for row in rows]
+
+
+def make_run(folder, *, kind="full", death=()):
+    """A sequence of three tasks with state of every kind."""
+    if kind == "full":  # all weights, replay and EWC per task
+        model, methods = tiny_gpt2(dropout=0.1), [KeepsRows(death), EWCPerTask(3.0, examples=3)]
+    elif kind == "lora":  # one LoRA for all tasks
+        model, methods = tiny_gpt2(dropout=0.1), [KeepsRows(death), EWCPerTask(3.0, examples=3), L2SPToLast(0.1)]
+        torch.manual_seed(5)
+        attach(model, LoRA(rank=3, alpha=6, targets=["c_attn"]))
+    else:  # a LoRA a task, or merged one after the other
+        model = tiny_gpt2(dropout=0.1)
+        adapters = AdapterPerTask(LoRA(rank=3, alpha=6, targets=["c_attn"]), merge=kind == "merge")
+        methods = [adapters, KeepsRows(death), EWCPerTask(3.0, examples=3)]
+        methods += [DistillFromEarlier(0.5)] if kind == "stack" else []
+    return AsRun(
+        TaskSequence(model, language_tasks(), settings=settings(folder), methods=methods, collate=collate_padded)
+    )
+
+
+def classifier(labels=4, seed=0):
+    return tiny_bert(seed, labels=labels)
