@@ -1,0 +1,159 @@
+"""What protects a real encoder that learns one task after another: MiniLM, two streams of tasks, every method.
+
+    python benchmarks/forgetting.py --models MODELS --data DATA [--streams clinc150 five] [--methods sequential ...]
+        [--orders 0 1] [--seeds 0 1 2] [--minutes 60] [--jobs 2] [--dev --with strength=100]
+
+"clinc150": CLINC150 in 10 tasks of 15 intents that share none; the task is not known when scored, so the model chooses
+among all intents. "five": TREC, SNIPS, BANKING77, CLINC150, emotion; the task is known, each has its own head. "known"
+is the first stream with the task known. Joint training on all rows and the frozen probe stand beside.
+
+One JSON file a run in results/forgetting/, with the whole matrix of scores; a run that is there is not repeated. With
+`--dev` training rows that no run learns from are scored, and the runs go to results/forgetting-choice/: strengths and
+rates were chosen there, with the first order and seed 100.
+`--models` and `--data` as for `overfitting.py`, with snips (github.com/sonos/nlu-benchmark) beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS
+from forgetting_data import Stage, make_model, stream
+from forgetting_methods import METHODS
+from transformers.utils import logging
+
+from llmtune.data import collate_padded
+from llmtune.losses import classification_loss
+from llmtune.metrics import ContinualMatrix
+from llmtune.training import LoopSettings, Task, TaskSequence, TrainingLoop
+
+FOLDER = RESULTS / "forgetting"
+STREAMS = {"clinc150": ("clinc150", False), "known": ("clinc150", True), "five": ("five", True)}
+STEPS = {"clinc150": 60, "five": 100}  # a task
+SCORED = {"clinc150": 100, "five": 500}  # test rows a task
+JOINT = "joint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Which run."""
+
+    stream: str
+    method: str
+    order: int
+    seed: int
+    changes: tuple[tuple[str, Any], ...] = ()
+    dev: bool = False
+
+    @property
+    def file(self) -> str:
+        """The name of the run's file."""
+        changes = "".join(f"-{key}={value}" for key, value in self.changes)
+        return f"{self.stream}-{self.method}-{self.order}-{self.seed}{changes}.json".replace(" ", "_")
+
+
+def without_task(stages: list[Stage], *, train: bool, test: bool) -> list[Stage]:
+    """Return the stages with the task's number taken out of rows."""
+
+    def bare(rows: Any, strip: bool) -> Any:
+        return [{k: v for k, v in row.items() if k != "task"} for row in rows] if strip else rows
+
+    return [dataclasses.replace(one, train=bare(one.train, train), test=bare(one.test, test)) for one in stages]
+
+
+def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
+    """Train through the stream and return the scores."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    began = time.process_time()
+    name, known = STREAMS[job.stream]
+    stages = stream(models, data, name, job.order, test=SCORED[name], dev=job.dev)
+    method = METHODS["sequential" if job.method == JOINT else job.method]
+    knobs = {**method.settings, **dict(job.changes)}
+    rate = knobs.pop("rate", method.rate)
+    if not known:
+        stages = without_task(stages, train=not method.own, test=True)
+    model = make_model(models, stages, job.seed)
+    settings = LoopSettings(
+        max_steps=STEPS[name], rows_per_step=16, learning_rate=rate, warmup_steps=STEPS[name] // 10,
+        weight_decay=0.01, precision="bf16", seed=job.seed, progress=False,
+    )  # fmt: skip
+    tasks = [Task(stage.name, stage.train, stage.test) for stage in stages]
+    if job.method == JOINT:
+        tasks = [Task(JOINT, [row for stage in stages for row in stage.train],
+                      [row for stage in stages for row in stage.test])]  # fmt: skip
+        settings = dataclasses.replace(settings, max_steps=STEPS[name] * len(stages))
+    sequence = TaskSequence(
+        model, tasks, settings=settings, methods=method.make(stages, knobs), collate=collate_padded,
+        loss=classification_loss, score="accuracy",
+    )  # fmt: skip
+    history = sequence.run()
+    found = {"stream": job.stream, "method": job.method, "order": job.order, "seed": job.seed,
+             "rate": rate, **knobs, "seconds": round(time.process_time() - began, 1)}  # fmt: skip
+    scores = [[round(score, 4) for score in row] for row in history.scores]
+    found |= {"scores": scores, "baseline": [round(score, 4) for score in history.baseline]}
+    if job.method == JOINT:
+        return found | {"accuracy": scores[0][0]}
+    matrix = ContinualMatrix(scores)
+    return found | {"accuracy": round(matrix.accuracy, 4), "forgetting": round(matrix.forgetting, 4)}
+
+
+def jobs(options: argparse.Namespace) -> Iterable[Job]:
+    """Yield the runs that are asked for and not there."""
+    changes = tuple((key, json.loads(value)) for key, value in (one.split("=") for one in options.changes))
+    for seed in options.seeds:
+        for order in options.orders:
+            for name in options.streams:
+                for method in options.methods:
+                    job = Job(name, method, order, seed, changes, options.dev)
+                    if not (options.folder / job.file).is_file():
+                        yield job
+
+
+def _guarded(job: Job, *, models: Path, data: Path, end: float) -> tuple[Job, dict[str, Any] | None]:
+    return job, None if time.monotonic() > end else run(job, models, data)
+
+
+def main() -> int:
+    """Run what is missing; print a line a run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, JOINT], default=[*METHODS, JOINT])
+    parser.add_argument("--orders", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--dev", action="store_true", help="score held-out training rows, to choose by")
+    parser.add_argument("--with", dest="changes", nargs="+", default=[], help="settings in place of a method's own")
+    options = parser.parse_args()
+    if options.changes and not options.dev:
+        parser.error("--with is for choosing: give --dev")
+    options.folder = RESULTS / "forgetting-choice" if options.dev else FOLDER
+    options.folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
+    one = partial(_guarded, models=options.models, data=options.data, end=end)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for job, found in pool.imap_unordered(one, jobs(options)):
+            if found is None:
+                print("out of time; call again to go on")
+                return 0
+            (options.folder / job.file).write_text(json.dumps(found) + "\n", encoding="utf-8")
+            print(job.file, found["accuracy"], found.get("forgetting"), found["seconds"], flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
