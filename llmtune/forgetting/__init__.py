@@ -1,8 +1,21 @@
-"""Parts against forgetting: Fisher information, elastic weight consolidation, distillation from the base model."""
+"""Parts against forgetting: Fisher information, elastic weight consolidation, distillation, replay of predictions."""
 
 from llmtune.adapters.effective import anchor_of
-from llmtune.forgetting.distillation import DistillToBase
+from llmtune.forgetting.cached_teacher import DistillFromCache, with_teacher
+from llmtune.forgetting.dark_replay import DERLoss
+from llmtune.forgetting.distillation import DistillToBase, DistillToModel
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import diagonal_fisher
+from llmtune.forgetting.self_synthesis import self_synthesised
 
-__all__ = ["EWC", "DistillToBase", "anchor_of", "diagonal_fisher"]
+__all__ = [
+    "EWC",
+    "DERLoss",
+    "DistillFromCache",
+    "DistillToBase",
+    "DistillToModel",
+    "anchor_of",
+    "diagonal_fisher",
+    "self_synthesised",
+    "with_teacher",
+]
