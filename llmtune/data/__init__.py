@@ -7,6 +7,7 @@ from llmtune.data.mixing import MixedBatches
 from llmtune.data.packing import PackedDataset, pack
 from llmtune.data.preferences import collate_preferences
 from llmtune.data.replay import ReplayBuffer
+from llmtune.data.row_files import load_rows, save_rows
 from llmtune.data.rows import prompt_examples, read_rows, text_examples
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "collate_packed",
     "collate_padded",
     "collate_preferences",
+    "load_rows",
     "pack",
     "prompt_examples",
     "read_rows",
+    "save_rows",
     "text_examples",
 ]

@@ -19,11 +19,11 @@ WHOLE = ""  # the one reservoir of a buffer that does not part its rows by task
 class ReplayBuffer:
     """At most `capacity` of the rows given so far, each row of n seen being kept with probability capacity / n.
 
-    Row n takes the next free slot while there is one; afterwards, with probability capacity / n, a slot drawn at random
-    (Vitter 1985, algorithm R). So at any time the buffer is a uniform sample without replacement, whatever the order
-    and however often `add` is called. With `per_task` each task has a reservoir of its own, of capacity / tasks rows
-    (the first tasks one more where that leaves a rest); when a task comes, the others give up rows drawn at random,
-    which leaves each a uniform sample of its task.
+    Row n takes the next free slot while there is one; afterwards, with probability capacity / n, a slot drawn at
+    random. So at any time the buffer is a uniform sample without replacement, whatever the order and however often
+    `add` is called. With `per_task` each task has a reservoir of its own, of capacity / tasks rows (the first tasks one
+    more where that leaves a rest); when a task comes, the others give up rows drawn at random, which leaves each a
+    uniform sample of its task.
 
     It is a sequence of rows: `MixedBatches` takes it, and so does whatever takes rows. Rows are copied when they come
     in; of one row, all fields stay together, of whatever length (`with_teacher` adds a model's predictions).
@@ -45,9 +45,11 @@ class ReplayBuffer:
         >>> len(buffer), buffer.seen
         (2, 10)
 
-    Where we differ: mammoth's buffer draws from NumPy's global state and saves neither that nor the number seen, so
-    that a resumed run keeps other rows; avalanche's gives a class or task sample_size // groups rows, and the rest to
-    none. Chaudhry et al. 2019, "On tiny episodic memories in continual learning", section 3.
+    Where we differ: mammoth's buffer draws from NumPy's global random state and has no state to save, so that a resumed
+    run keeps other rows; with a share for each class its `fill_buffer` keeps the first rows, not a sample of them.
+
+    Vitter 1985, "Random sampling with a reservoir", algorithm R; Chaudhry et al. 2019, "On tiny episodic memories in
+    continual learning", section 3.
     """
 
     def __init__(self, capacity: int, seed: int = 0, *, per_task: bool = False) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.data.teacher_fields import INDICES, LOGITS, NOTHING
-from llmtune.forgetting.cached_teacher import (
+from llmtune.forgetting.distill_from_cache import (
     common_classes,
     kept_predictions,
     top_k_divergence,
@@ -84,7 +84,7 @@ class DERLoss:
         mean over all targets, so that batches add up, where the paper adds a mean of each kind: with a share r of
         replayed targets (the ratio of `MixedBatches`) its alpha is ours times r / (1 - r). One draw of replayed rows
         serves both terms; DER++ draws twice. mammoth's and avalanche's `F.mse_loss` divides by the number of classes:
-        their alpha is C times ours. mammoth keeps the logits of the augmented input, in train mode, beside the plain one.
+        their alpha is C times ours. mammoth keeps the plain input and the logits of the augmented one, in train mode.
     """
 
     loss: CausalLMLoss | MaskedLMLoss | SequenceToSequenceLoss | ClassificationLoss = causal_lm_loss
@@ -103,7 +103,7 @@ class DERLoss:
             raise ValueError("alpha and beta are both 0: replayed rows would teach nothing")
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (total, parts): "task_loss" of new rows, "replay_loss" (before beta) and "distillation" (before alpha).
+        """Return (total, parts): "task_loss" of new rows, and before their factors "replay_loss" and "distillation".
 
         Args:
             model: what `loss` takes.
@@ -120,9 +120,7 @@ class DERLoss:
         plain = without_teacher_fields(batch)
         if isinstance(self.loss, ClassificationLoss):
             logits, targets = class_rows(model, plain)
-            replayed = (
-                ~kept[LOGITS].isnan().all(-1) if kept[LOGITS].shape[-1] else torch.zeros_like(targets, dtype=bool)
-            )
+            replayed = ~kept[LOGITS].isnan().all(-1) if kept[LOGITS].shape[-1] else torch.zeros_like(targets) > 0
             losses = CrossEntropy(self.loss.label_smoothing).plain(logits, (targets,))
             fresh, again = losses[~replayed].sum(), losses[replayed].sum()
             distance = squared_logit_distance(logits, kept[LOGITS])
@@ -136,7 +134,8 @@ class DERLoss:
             replayed = kept[INDICES][:, 0] != NOTHING
             cost = CrossEntropy(self.loss.label_smoothing, self.loss.z_loss)
             fresh = head_loss(rows, head, targets.masked_fill(replayed, IGNORED), cost, reduction="sum")
-            again = head_loss(rows, head, targets.masked_fill(~replayed, IGNORED), cost, reduction="sum")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.beta > 0):
+                again = head_loss(rows, head, targets.masked_fill(~replayed, IGNORED), cost, reduction="sum")
             distance = top_k_divergence(rows, head, kept)
         total = (fresh + self.beta * again + self.alpha * distance) / len(targets)
         parts = {"task_loss": fresh, "replay_loss": again, "distillation": distance}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def self_synthesised(
 ) -> list[dict[str, list[int]]]:
     """Return n rows that the model itself continues from prompts, without its adapters: old knowledge to rehearse.
 
-    Tokens are drawn from p(next | text so far) with nothing cut off (no top-k, no top-p). At temperature 1 the mean loss
-    on these rows is, but for a constant, KL(p_base || p) of whole sequences: rehearsing them pulls the model towards
-    what it was, without bias. Other temperatures sharpen or flatten what is rehearsed, and are biased.
+    Tokens are drawn from p(next | text so far) with nothing cut off (no top-k, no top-p). At temperature 1 the summed
+    loss of these rows is, but for a constant, an unbiased estimate of KL(p_base || p) of whole texts: rehearsing them
+    pulls the model to where it was. Other temperatures sharpen or flatten what is rehearsed, and are biased.
 
     Row i continues prompt i mod len(prompts). Which tokens it gets depends on the generator and on i alone, not on the
     batch size: every row has uniform numbers of its own, u_t, and takes the first token at which the cumulated
@@ -63,9 +64,9 @@ def self_synthesised(
         (3, -100, True)
 
     Reference:
-        Huang et al. 2024, "Mitigating catastrophic forgetting in large language models with self-synthesized rehearsal",
-        which has instructions written from examples and answered by the latest model, and keeps those that are typical
-        of a cluster; here nothing is filtered.
+        Huang et al. 2024, "Mitigating catastrophic forgetting in large language models with self-synthesized
+        rehearsal", which has instructions written from examples and answered by the latest model, and keeps those that
+        are typical of a cluster; here nothing is filtered.
     """
     inner: Any = unwrap(model)
     _check(inner, prompts, n, max_tokens, temperature, rows_per_batch)
@@ -109,6 +110,7 @@ def _write(inner: Any, prompts: Tensor, uniform: Tensor, temperature: float, end
     inputs, step = _first_inputs(inner, prompts.to(device))
     written: list[list[int]] = [[] for _ in range(len(prompts))]
     open_rows = set(range(len(prompts)))
+    cache = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
     for place in range(uniform.shape[1]):
         output = inner(**inputs)
         logits = at_least_float32(output.logits[:, -1]) / temperature
@@ -120,7 +122,7 @@ def _write(inner: Any, prompts: Tensor, uniform: Tensor, temperature: float, end
                     open_rows.discard(row)
         if not open_rows:
             break
-        inputs = {**inputs, step: tokens[:, None], "past_key_values": output.past_key_values}
+        inputs = {**inputs, step: tokens[:, None], cache: getattr(output, cache)}
     return written
 
 
@@ -160,8 +162,6 @@ def _of_one_length(order: list[int], prompts: Sequence[Sequence[int]], size: int
 
 
 def _as_writer(inner: nn.Module, teacher: tuple[str, ...]) -> Any:
-    from contextlib import ExitStack
-
     entered = ExitStack()
     if adapter_names(inner) or teacher:
         entered.enter_context(active(inner, teacher))
