@@ -72,7 +72,7 @@ def load_rows(path: str | Path) -> list[dict[str, Tensor]]:
 
     Raises:
         ValueError: the file is damaged, or not one of rows.
-        OSError: the file cannot be read.
+        FileNotFoundError: there is no such file.
     """
     from safetensors import SafetensorError, safe_open
 
