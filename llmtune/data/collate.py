@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from llmtune.data.teacher_fields import INDICES, LOGITS, NOTHING
 from llmtune.types import Batch
 
 IGNORED = -100
+TEACHER = "teacher_"
 
 
 def collate_packed(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -29,12 +31,12 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> Batch:
 
     Args:
         rows: each with "input_ids" [n]; "labels" [n] unshifted; "position_ids" [n] where the row itself holds several
-            documents (as those of `pack` do), each starting at 0. Further fields must have [n] values too. An
-            "attention_mask" of ones is left out.
+            documents (as those of `pack` do), each starting at 0. Further fields must have [n] values too (those
+            called "teacher_..." may be [n, k]). An "attention_mask" of ones is left out.
 
     Returns:
-        "input_ids" and "position_ids" [1, T], and "labels" and further fields [1, T] where the rows have them; T is the
-        sum of the lengths.
+        "input_ids" and "position_ids" [1, T], and "labels" and further fields [1, T] (or [1, T, k]) where the rows have
+        them; T is the sum of the lengths.
 
     Raises:
         ValueError: there are no rows; or a row has no tokens, is padded, has a field that others lack or that has not
@@ -50,7 +52,7 @@ def collate_packed(rows: Sequence[Mapping[str, Any]]) -> Batch:
     for index, row in enumerate(tensors):
         n = len(row["input_ids"])
         for name, value in row.items():
-            if value.shape != (n,):
+            if value.shape[:1] != (n,) or (value.ndim > 1 and not name.startswith(TEACHER)):
                 raise ValueError(
                     f'row {index}: field "{name}" must have one value a token to be packed, [{n}]; got '
                     f"{list(value.shape)}. Leave the field out, or use collate_padded"
@@ -85,7 +87,8 @@ def collate_padded(
     Returns:
         "input_ids" and "attention_mask" [B, T]; "labels" [B, T] padded with -100, [B], or [B, C]; further fields padded
         with 0 ("..._ids" of tokens with pad_token_id, "..._labels" with -100), or stacked where they are one number a
-        row or arrays of one shape.
+        row or arrays of one shape. A teacher's predictions (`llmtune.forgetting.with_teacher`) are padded with what
+        says that there are none: "teacher_logits" [B, C] or [B, T, C] with NaN, "teacher_indices" [B, T, k] with -1.
 
     Raises:
         ValueError: there are no rows; a row has no tokens or lacks a field that others have; a field's shapes do not
@@ -117,6 +120,8 @@ def _batched(
     name: str, values: list[Tensor], lengths: list[int], pad_token_id: int, side: str, multiple: int
 ) -> Tensor:
     shapes = [list(value.shape) for value in values]
+    if name.startswith(TEACHER) and all(value.ndim in (1, 2) and value.ndim == values[0].ndim for value in values):
+        return _kept_predictions(name, values, lengths, side, multiple)
     if values[0].ndim != 1 or (name == "labels" and values[0].is_floating_point()):
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(f'field "{name}" must have one shape in all rows to be stacked; got {shapes}')
@@ -133,6 +138,24 @@ def _batched(
     if short := -max(own) % multiple:
         padded = F.pad(padded, (short, 0) if left else (0, short), value=fill)
     return padded
+
+
+def _kept_predictions(name: str, values: list[Tensor], lengths: list[int], side: str, multiple: int) -> Tensor:
+    """Return a teacher's predictions, padded along the places; a classifier's logits [C] along the classes."""
+    fill = torch.nan if name == LOGITS else NOTHING if name == INDICES else 0
+    of_row = name == LOGITS and values[0].ndim == 1
+    if values[0].ndim == 2 and len({value.shape[1] for value in values}) > 1:
+        if name != LOGITS:
+            raise ValueError(
+                f'field "{name}" must keep as many classes a place in all rows of a batch; got shapes '
+                f"{[list(value.shape) for value in values]}: make all with one k"
+            )
+        most = max(value.shape[1] for value in values)
+        values = [F.pad(value, (0, most - value.shape[1]), value=fill) for value in values]
+    left = side == "left" and not of_row and [len(value) for value in values] == lengths
+    padded = pad_sequence(values, batch_first=True, padding_value=fill, padding_side="left" if left else "right")
+    short = 0 if of_row else -padded.shape[1] % multiple
+    return F.pad(padded, (0, 0) * (padded.ndim - 2) + ((short, 0) if left else (0, short)), value=fill)
 
 
 def _as_tensors(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:

@@ -1,10 +1,13 @@
-"""Distillation from the model without its adapters: learning may move the predictions no further than it must."""
+"""Distillation from a teacher that is run beside the model: learning may move the predictions no further than it must.
+
+The teacher is the same model without its adapters (`DistillToBase`), or another one (`DistillToModel`). Where it is too
+dear to be run at every step, `cached_teacher.py` keeps its predictions with the rows.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +16,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.adapters.attach import active, adapter_names
-from llmtune.forgetting.likelihood import IGNORED, has_head, predicts_next, with_decoder_inputs
+from llmtune.forgetting.likelihood import with_decoder_inputs
+from llmtune.forgetting.student import (
+    Student,
+    check_factor,
+    check_labels,
+    check_loss,
+    class_logits,
+    is_language_model,
+    rows_at,
+    student_pass,
+    target_mask,
+)
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.chunked import default_chunk_rows
 from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
@@ -22,8 +36,104 @@ from llmtune.modules import reference_pass, unwrap
 from llmtune.types import Batch, LossFunction
 
 
+class Distillation(ABC):
+    """A loss plus strength * temperature^2 * KL(teacher || student); what its two forms below share.
+
+    A language model's logits are never held: the student's hidden states are taken out of the loss's own forward pass,
+    and the divergence is computed from them a few rows at a time. So a step costs one forward and backward pass of the
+    student, one forward pass of the teacher, and two multiplications by the head more.
+    """
+
+    loss: LossFunction
+    strength: float
+    temperature: float
+    classes: int | tuple[int, ...] | None = None
+
+    @abstractmethod
+    def _teacher_of(self, inner: nn.Module) -> nn.Module:
+        """Return the bare module that is run as the teacher; raise ValueError where there is none."""
+
+    @abstractmethod
+    def _as_teacher(self, inner: nn.Module) -> AbstractContextManager[Any]:
+        """Return what the teacher is run within: eval mode, no gradients, and the adapters that it has."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """Return (total, parts): the loss's own parts, "task_loss" and "distillation" (before its strength), scalars.
+
+        Args:
+            model: the student, wrapped or not.
+            batch: what the loss takes; "labels" of integers, [B] or [B, T], -100 where there is no target.
+
+        Raises:
+            ValueError: there is no teacher in this model, or it is no other than the student; the labels are no
+                integers; the two sides' classes do not fit; or the loss does not run the model exactly once.
+        """
+        inner = unwrap(model)
+        teacher = self._teacher_of(inner)
+        labels = check_labels(batch)
+        if self.classes is not None and is_language_model(inner, labels):
+            raise ValueError(
+                "classes choose among those of a classifier; a language model's teacher has all its tokens"
+            )
+        rows, head = self._teacher_rows(inner, teacher, batch, labels)
+        student = student_pass(self.loss, model, inner, batch, labels)
+        divergence = self._divergence(inner, student, rows, head)
+        task_loss, parts = student.result if isinstance(student.result, tuple) else (student.result, {})
+        total = task_loss + self.strength * divergence
+        return total, {**parts, "task_loss": task_loss.detach(), "distillation": divergence.detach()}
+
+    def count_targets(self, batch: Batch) -> int:
+        """Return over how many targets the mean is taken: the loss's own count."""
+        return self.loss.count_targets(batch)
+
+    def _teacher_rows(
+        self, inner: nn.Module, teacher: nn.Module, batch: Batch, labels: Tensor
+    ) -> tuple[Tensor, Head | None]:
+        """Return the teacher's rows at the places with a target: [m, E] before its head, or [m, C] logits."""
+        mask = target_mask(inner, labels)
+        with self._as_teacher(inner):
+            if not is_language_model(inner, labels):
+                return class_logits(teacher(**model_inputs(teacher, batch)), labels)[mask], None
+            hidden, head = hidden_before_head(teacher, with_decoder_inputs(teacher, batch))
+            return rows_at(hidden, mask, labels.shape[1]), head
+
+    def _divergence(self, inner: nn.Module, student: Student, rows: Tensor, head: Head | None) -> Tensor:
+        if student.head is None or head is None:
+            return kl_divergence(*chosen_classes(student.rows, rows, self.classes), temperature=self.temperature)
+        with self._as_teacher(inner):
+            theirs = head.linear()
+        ours = student.head.linear()
+        alike = (head.softcap, head.logit_scale) == (student.head.softcap, student.head.logit_scale)
+        if ours is None or theirs is None or not alike:
+            return self._chunked(inner, student, rows, head)
+        return linear_kl_divergence(
+            student.rows, ours[0], rows, theirs[0], temperature=self.temperature, bias=ours[1],
+            teacher_bias=theirs[1], softcap=head.softcap, logit_scale=head.logit_scale,
+        )  # fmt: skip
+
+    def _chunked(self, inner: nn.Module, student: Student, rows: Tensor, head: Head) -> Tensor:
+        """Return the divergence through heads that are no two plain linear layers (adapted, quantized) [m rows]."""
+        own = student.head
+        assert own is not None
+
+        def chunk(s: Tensor, t: Tensor) -> Tensor:
+            with self._as_teacher(inner):
+                wanted = head.logits(t)
+            return kl_divergence(own.logits(s), wanted, temperature=self.temperature, reduction="sum")
+
+        size = default_chunk_rows(student.rows.new_empty(own.classes, 0), buffers=8)
+        pairs = zip(student.rows.split(size), rows.split(size), strict=True)
+        parts = [checkpoint(chunk, s, t, use_reentrant=False) for s, t in pairs]
+        return torch.stack(parts).sum() / len(rows)
+
+    def _check(self) -> None:
+        check_factor("strength", self.strength)
+        check_factor("temperature", self.temperature, positive=True)
+        check_loss(self.loss)
+
+
 @dataclass(frozen=True)
-class DistillToBase:
+class DistillToBase(Distillation):
     """A loss plus the divergence of the model's predictions from those it makes without its adapters.
 
     loss(model, batch) + strength * temperature^2 * KL(teacher || student), the divergence being a mean over the batch's
@@ -69,127 +179,37 @@ class DistillToBase:
     teacher: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if not (self.strength >= 0 and math.isfinite(self.strength)):
-            raise ValueError(f"strength must be a finite number, 0 or more; got {self.strength}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be a finite number larger than 0; got {self.temperature}")
+        self._check()
         if isinstance(self.teacher, str):
             raise TypeError(f"teacher must be a tuple of adapters' names; got the one string {self.teacher!r}")
-        if not callable(getattr(self.loss, "count_targets", None)):
-            raise TypeError(
-                f"the loss needs a count_targets(batch) method, to be a mean over targets; {self.loss!r} has none"
-            )
         object.__setattr__(self, "teacher", tuple(self.teacher))
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        """Return (total, parts): the loss's own parts, "task_loss" and "distillation" (before its strength), scalars.
-
-        Args:
-            model: a model with at least one adapter attached, wrapped or not.
-            batch: what the loss takes; "labels" of integers, [B] or [B, T], -100 where there is no target.
-
-        Raises:
-            ValueError: the model has no adapter, or none of a name in `teacher`; the labels are no integers; or the
-                loss does not run the model exactly once.
-        """
-        inner = unwrap(model)
+    def _teacher_of(self, inner: nn.Module) -> nn.Module:
         if not adapter_names(inner):
             raise ValueError(
                 "DistillToBase compares a model with itself without its adapters, and this one has none: "
                 "attach one first"
             )
-        labels = batch.get("labels")
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim not in (1, 2):
-            came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
-            raise ValueError(f"distillation needs integer labels, one a row [B] or one a token [B, T]; got {came}")
-        run = self._through_head if labels.ndim == 2 and has_head(inner) else self._through_logits
-        result, divergence = run(model, inner, batch, labels)
-        task_loss, parts = result if isinstance(result, tuple) else (result, {})
-        total = task_loss + self.strength * divergence
-        return total, {**parts, "task_loss": task_loss.detach(), "distillation": divergence.detach()}
+        return inner
 
-    def count_targets(self, batch: Batch) -> int:
-        """Return over how many targets the mean is taken: the loss's own count."""
-        return self.loss.count_targets(batch)
+    def _as_teacher(self, inner: nn.Module) -> AbstractContextManager[Any]:
+        entered = ExitStack()
+        entered.enter_context(active(inner, self.teacher))
+        entered.enter_context(reference_pass(inner))
+        return entered
 
-    @contextmanager
-    def _as_teacher(self, inner: nn.Module) -> Iterator[None]:
-        with active(inner, self.teacher), reference_pass(inner):
-            yield
 
-    def _through_head(self, model: nn.Module, inner: nn.Module, batch: Batch, labels: Tensor) -> tuple[Any, Tensor]:
-        """Return (what the loss gave, the divergence) of a language model, from the hidden states before its head."""
-        T = labels.shape[1]
-        targets = labels[:, 1:] if predicts_next(inner) else labels
-        mask = targets != IGNORED
-
-        def rows(hidden: Tensor) -> Tensor:  # from the end: virtual tokens stand before the first
-            return hidden[:, -T:][:, : mask.shape[1]][mask]
-
-        with self._as_teacher(inner):
-            hidden, head = hidden_before_head(inner, with_decoder_inputs(inner, batch))
-            teacher_rows, teacher_head = rows(hidden), head.linear()
-        seen: list[Tensor] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0].ndim == 3:  # the model's own call; a loss may call the head again on rows [n, E]
-                seen.append(args[0])
-
-        handle = head.module.register_forward_pre_hook(before)
-        try:
-            result = self.loss(model, batch)
-        finally:
-            handle.remove()
-        self._check_once(len(seen))
-        student_head = head.linear()
-        if teacher_head is None or student_head is None:
-            return result, self._chunked(inner, head, rows(seen[0]), teacher_rows)
-        return result, linear_kl_divergence(
-            rows(seen[0]), student_head[0], teacher_rows, teacher_head[0], temperature=self.temperature,
-            bias=student_head[1], teacher_bias=teacher_head[1], softcap=head.softcap, logit_scale=head.logit_scale,
-        )  # fmt: skip
-
-    def _chunked(self, inner: nn.Module, head: Head, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the divergence through a head that is no plain linear layer (it is adapted, or quantized).
-
-        Args:
-            inner: the bare module.
-            head: its head.
-            student: [m, E] hidden states with gradient.
-            teacher: [m, E] hidden states.
-        """
-
-        def chunk(s: Tensor, t: Tensor) -> Tensor:
-            with self._as_teacher(inner):
-                wanted = head.logits(t)
-            return kl_divergence(head.logits(s), wanted, temperature=self.temperature, reduction="sum")
-
-        size = default_chunk_rows(student.new_empty(head.classes, 0), buffers=8)
-        pairs = zip(student.split(size), teacher.split(size), strict=True)
-        parts = [checkpoint(chunk, s, t, use_reentrant=False) for s, t in pairs]
-        return torch.stack(parts).sum() / len(student)
-
-    def _through_logits(self, model: nn.Module, inner: nn.Module, batch: Batch, labels: Tensor) -> tuple[Any, Tensor]:
-        """Return (what the loss gave, the divergence) of a classifier, from its logits [B, C] or [B, T, C]."""
-        with self._as_teacher(inner):
-            teacher = inner(**model_inputs(inner, batch)).logits
-        seen: list[Any] = []
-        handle = model.register_forward_hook(lambda _, args, output: seen.append(output))
-        try:
-            result = self.loss(model, batch)
-        finally:
-            handle.remove()
-        self._check_once(len(seen))
-        student = seen[0].logits
-        if student.shape[:-1] != labels.shape:
+def chosen_classes(student: Tensor, teacher: Tensor, classes: int | tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """Return both sides' logits [m, C] of the classes that are compared; raise ValueError where one lacks some."""
+    if classes is None:
+        if student.shape != teacher.shape:
             raise ValueError(
-                f"labels {[*labels.shape]} do not fit logits {[*student.shape]}: one for each row is needed"
+                f"the student has {student.shape[-1]} classes and the teacher {teacher.shape[-1]}: say which ones both "
+                f"have, such as classes={min(student.shape[-1], teacher.shape[-1])} for the first ones"
             )
-        return result, kl_divergence(student, teacher, temperature=self.temperature, mask=labels != IGNORED)
-
-    def _check_once(self, calls: int) -> None:
-        if calls != 1:
-            raise ValueError(
-                f"the loss must run the model exactly once, so that its predictions can be compared; {self.loss!r} "
-                f"ran it {calls} times"
-            )
+        return student, teacher
+    numbers = list(range(classes)) if isinstance(classes, int) else list(classes)
+    fewest = min(student.shape[-1], teacher.shape[-1])
+    if max(numbers) >= fewest:
+        raise ValueError(f"classes name class {max(numbers)}, and one of the two models has only {fewest}")
+    return student[..., numbers], teacher[..., numbers]

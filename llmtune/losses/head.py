@@ -105,6 +105,22 @@ def hidden_before_head(model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
     return hidden, _head(inner, module, raw[0], output)
 
 
+def read_head(inner: nn.Module, raw: Tensor, output: Any) -> Head:
+    """Return the head of a model whose forward pass somebody else has run and watched.
+
+    Args:
+        inner: the bare module.
+        raw: [B, n, V] what the head module gave.
+        output: what the model gave, with logits [B, n, V].
+
+    Raises:
+        ValueError: the model changes its logits in a way that the configuration does not tell.
+    """
+    logits, first = _logits(output, raw), (slice(0, 1), slice(0, 1))
+    seen = {"logits": None if logits is None else logits[first].detach()}
+    return _head(inner, _head_module(inner), raw[first].detach(), seen)
+
+
 def _gathered(module: nn.Module, tensor: Any) -> Any:
     """Return a tensor-parallel head's parameter whole where FSDP manages the head: FSDP lets it run once a pass."""
     spread = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None)

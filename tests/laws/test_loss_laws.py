@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.errors import LawBroken
+from llmtune.forgetting.dark_replay import DERLoss
+from llmtune.forgetting.distill_from_cache import DistillFromCache
+from llmtune.forgetting.distill_to_model import DistillToModel
 from llmtune.losses.causal_lm import CausalLMLoss
 from llmtune.losses.classification import ClassificationLoss
 from llmtune.losses.confidence import ConfidencePenaltyLoss, confidence_penalty
@@ -317,6 +320,71 @@ def plain_r_drop(z: Tensor, t: Tensor) -> Tensor:
     return (plain_cross_entropy(z, t) + plain_cross_entropy(0.7 * z.flip(-1), t) + 1.5 * divergence.mean()) / 2
 
 
+class Classifier(nn.Module):
+    """Its logits are its input."""
+
+    def forward(self, rows: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=rows)
+
+
+OLD = torch.tensor([at % 2 == 0 for at in range(C)])  # the classes whose rows are replayed: they have predictions
+
+
+def of_cache(loss: object, z: Tensor, t: Tensor, *, k: int, temperature: float = 1.0, mixed: bool = False) -> Tensor:
+    """A causal model's loss of rows with the k largest log-probabilities of TEACHER; mixed: only of the OLD ones."""
+    kept, index = top_k_log_probabilities(TEACHER[t.clamp(min=0)], k, temperature=temperature)
+    index = index.masked_fill(((t == -100) | (mixed & ~OLD[t.clamp(min=0)]))[:, None], -1)
+    fields = {
+        "teacher_logprobs": kept,
+        "teacher_indices": index,
+        "teacher_temperature": torch.full((len(t),), temperature),
+    }
+    batch = {name: torch.cat([value[:1], value])[None] for name, value in fields.items()}  # the first is no target
+    batch |= {"rows": torch.cat([z, z[:1]])[None], "labels": torch.cat([t[:1], t])[None]}
+    return loss(RowsModel(), batch)[0]
+
+
+def of_kept_logits(loss: object, z: Tensor, t: Tensor, *, mixed: bool = False) -> Tensor:
+    """A classifier's loss of rows with the first five of TEACHER's logits, as of a head that has grown since."""
+    kept = TEACHER[t.clamp(min=0)][:, :5].clone()
+    if mixed:
+        kept[~OLD[t.clamp(min=0)]] = torch.nan
+    return loss(Classifier(), {"rows": z, "labels": t, "teacher_logits": kept})[0]
+
+
+def to_model(loss: DistillToModel, z: Tensor, t: Tensor) -> Tensor:
+    batch = {
+        "rows": torch.cat([z, z[:1]])[None],
+        "teacher": TEACHER[torch.cat([t, t[:1]]).clamp(min=0)][None],
+        "labels": torch.cat([t[:1], t])[None],
+    }
+    return loss(StudentOfRows(), batch)[0]
+
+
+def plain_old_classes(z: Tensor, t: Tensor, *, temperature: float) -> Tensor:
+    s = torch.softmax(z[t != -100][:, :5] / temperature, -1)
+    return temperature**2 * kl(torch.softmax(TEACHER[t[t != -100]][:, :5] / temperature, -1), s)
+
+
+def plain_der(z: Tensor, t: Tensor, *, alpha: float, beta: float, k: int | None = None) -> Tensor:
+    """Row by row: a new one's cross-entropy, an old one's distance and a share of its cross-entropy."""
+    losses = []
+    for logits, target in zip(z[t != -100], t[t != -100], strict=True):
+        p, q = torch.softmax(TEACHER[target], -1), torch.softmax(logits, -1)
+        if k is None:
+            distance = ((logits - TEACHER[target])[:5] ** 2).sum()
+        else:
+            order = p.argsort(descending=True)
+            p, q_top = p[order], q[order]
+            p, q_top = (torch.cat([x[:k], x[k:].sum()[None]]) for x in (p, q_top))
+            distance = (p * torch.log(p / q_top)).sum()
+        cost = -torch.log(q[target])
+        losses.append(alpha * distance + beta * cost if OLD[target] else cost)
+    return torch.stack(losses).mean()
+
+
+DISTILLED = {"strength": 0.7, "temperature": 1.7}
+DER = {"alpha": 0.3, "beta": 0.6}
 SMOOTH = {"label_smoothing": 0.3, "z_loss": 0.2}
 PLAIN_SMOOTH = {"e": 0.3, "zl": 0.2}
 CONFIG = SimpleNamespace(final_logit_softcapping=1.3, logit_scale=0.7)
@@ -425,6 +493,27 @@ LOSSES = {
         partial(plain_features, projection=MIX),
     ),
     "FeatureDistillationLoss": (distilled_features, plain_distilled),
+    "DistillFromCache": (
+        partial(of_cache, DistillFromCache(**DISTILLED), k=3, temperature=1.7),
+        lambda z, t: plain_cross_entropy(z, t) + 0.7 * plain_top_k(z, t, k=3, temperature=1.7),
+    ),
+    "DistillFromCache, old classes": (
+        partial(of_kept_logits, DistillFromCache(ClassificationLoss(), **DISTILLED)),
+        lambda z, t: plain_cross_entropy(z, t) + 0.7 * plain_old_classes(z, t, temperature=1.7),
+    ),
+    "DistillToModel": (
+        partial(to_model, DistillToModel(TeacherOfRows(), **DISTILLED)),
+        lambda z, t: plain_cross_entropy(z, t) + 0.7 * plain_kl(z, t, temperature=1.7),
+    ),
+    "DERLoss": (partial(of_cache, DERLoss(**DER), k=2, mixed=True), partial(plain_der, **DER, k=2)),
+    "DERLoss, classes": (
+        partial(of_kept_logits, DERLoss(ClassificationLoss(), **DER), mixed=True),
+        partial(plain_der, **DER),
+    ),
+    "DERLoss, beta 0": (
+        partial(of_kept_logits, DERLoss(ClassificationLoss(), alpha=0.3), mixed=True),
+        partial(plain_der, alpha=0.3, beta=0.0),
+    ),
     "CausalLMLoss": (partial(of_batch, CausalLMLoss(), shifted=True), plain_cross_entropy),
     "CausalLMLoss, all options": (
         partial(of_batch, CausalLMLoss(**SMOOTH), shifted=True, config=CONFIG),

@@ -11,6 +11,7 @@ from llmtune import forgetting, losses, regularizers
 from llmtune.adapters import LoRA, attach
 from llmtune.data import collate_preferences
 from llmtune.data.collate import collate_padded
+from llmtune.data.mixing import MixedBatches
 from llmtune.losses import CausalLMLoss, ClassificationLoss, MaskedLMLoss, SequenceToSequenceLoss
 from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
@@ -138,6 +139,14 @@ def drops():
     return tiny_gpt2(dropout=0.1)
 
 
+def kept_texts():
+    """Rows in turns without and with a teacher's predictions."""
+    rows = texts()
+    kept = forgetting.with_teacher(rows[6:], tiny_llama(1), k=5)
+    mixed = MixedBatches(rows[:6], kept, 0.5, unit=lambda row: 1)
+    return [mixed[at] for pair in range(6) for at in (pair, pair + 6)]
+
+
 TEXT, CLASS, SEQ = MODELS["llama"][1:], MODELS["classifier"][1:], (MODELS["t5"][1], collate_padded)
 NUDGE = {"epsilon": 0.5, "step_size": 0.2}
 # every exported class of losses: (a loss, a model, rows, collate)
@@ -145,8 +154,11 @@ EXPORTED = {
     "CausalLMLoss": (CausalLMLoss(z_loss=0.1), tiny_llama, *TEXT),
     "ClassificationLoss": (ClassificationLoss(), MODELS["classifier"][0], *CLASS),
     "ConfidencePenaltyLoss": (losses.ConfidencePenaltyLoss(strength=0.1), tiny_llama, *TEXT),
+    "DERLoss": (forgetting.DERLoss(alpha=0.5, beta=0.5), tiny_llama, kept_texts, collate_padded),
     "DPOLoss": (losses.DPOLoss(), tiny_llama, pairs, collate_preferences),
+    "DistillFromCache": (forgetting.DistillFromCache(strength=1.0), tiny_llama, kept_texts, collate_padded),
     "DistillToBase": (forgetting.DistillToBase(strength=1.0), lambda: with_lora(tiny_llama), *TEXT),
+    "DistillToModel": (forgetting.DistillToModel(tiny_llama(1), strength=1.0), tiny_llama, *TEXT),
     "FeatureDistillationLoss": (losses.FeatureDistillationLoss(tiny_llama(1), strength=1.0), tiny_llama, *TEXT),
     "FocalLoss": (losses.FocalLoss(), MODELS["classifier"][0], *CLASS),
     "FreeLBLoss": (regularizers.FreeLBLoss(**NUDGE), tiny_llama, *TEXT),
