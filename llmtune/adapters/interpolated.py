@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,8 @@ def _lines(layer: AdapterLayer) -> list[Line]:
         own = [*layer.copy.named_parameters(), *layer.copy.named_buffers()]
         return [(tensor, starts[local]) for local, tensor in own if tensor.is_floating_point()]
     if isinstance(layer, TokenRows):
-        return [(layer.rows, bare.weight[layer.index])] if layer.origin is layer else []
+        weight: Any = bare.weight
+        return [(layer.rows, weight[layer.index])] if layer.origin is layer else []
     if isinstance(layer, VeRALinear):
         return [(layer.lambda_b, torch.zeros_like(layer.lambda_b))]
     if isinstance(layer, IA3Linear):
