@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
@@ -137,11 +138,12 @@ def _chart(lines: Sequence[Line], ticks: Sequence[str]) -> str:
         return top + (high - value) / (high - low) * height
 
     parts = [f'<path d="M{left} {top}V{top + height}H{left + width:.1f}" fill="none" stroke="#888"/>']
-    for step in range(5):
-        value = low + (high - low) * step / 4
+    for value in _marks(low, high):
         parts.append(f'<path d="M{left} {y(value):.1f}h{width:.1f}" stroke="#eee"/>')
         parts.append(_text(left - 5, y(value) + 4, f"{value:.3g}", "end"))
-    parts += [_text(x(t + 1), top + height + 16, tick[:9], "middle") for t, tick in enumerate(ticks)]
+    short = max(map(len, ticks)) <= 8  # else they are numbered; the legend has them in the same order
+    for t, tick in enumerate(ticks):
+        parts.append(_text(x(t + 1), top + height + 16, tick if short else str(t + 1), "middle"))
     parts.append(_text(left + width / 2, top + height + 32, "after task", "middle"))
     for place, (label, points, color, thick) in enumerate(lines):
         path = " ".join(f"{x(t):.1f},{y(value):.1f}" for t, value, _ in points)
@@ -150,12 +152,21 @@ def _chart(lines: Sequence[Line], ticks: Sequence[str]) -> str:
         for t, value, half in points:
             parts.append(f'<circle cx="{x(t):.1f}" cy="{y(value):.1f}" r="{3 if thick else 2}" fill="{color}"/>')
             if half > 0:
-                parts.append(f'<path d="M{x(t):.1f} {y(value - half):.1f}V{y(value + half):.1f}" stroke="{color}"/>')
+                bar = f"M{x(t):.1f} {y(value - half):.1f}V{y(value + half):.1f}"
+                parts.append(f'<path class="interval" d="{bar}" stroke="{color}"/>')
         row = top + 10 + 17 * place
         parts.append(f'<path d="M{left + width + 12:.1f} {row - 4}h18" {stroke}/>')
         parts.append(_text(left + width + 36, row, label))
     widest = max(len(label) for label, _, _, _ in lines)
     return _svg(left + width + 50 + 7 * widest, max(top + height + 42, top + 20 + 17 * len(lines)), parts)
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Return at most six round numbers between two."""
+    wanted = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(wanted))
+    step = next(times * unit for times in (1, 2, 5, 10) if times * unit >= wanted)
+    return [place * step for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _names(names: Sequence[str] | None, T: int) -> list[str]:

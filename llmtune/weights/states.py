@@ -107,7 +107,7 @@ def tied_groups(states: Sequence[State], titles: Sequence[str]) -> list[tuple[st
         for state, title in zip(states, titles, strict=True):
             if first != name and not torch.equal(state[first], state[name]):
                 raise ValueError(
-                    f"{name} and {first} are one tied tensor in one state and differ in {title}: tie them in all or none"
+                    f"{name} and {first} are one tied tensor in one state and differ in {title}: tie all or none"
                 )
         leaders[name] = leaders.get(first, name)
         groups.setdefault(leaders[name], []).append(name)

@@ -52,7 +52,7 @@ def task_vector(base_state: State, tuned_state: State) -> dict[str, Tensor]:
         wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
         base, tuned = base.to(tuned.device, wide), tuned.to(wide)
         change = torch.where(base == tuned, 0.0, tuned - base)
-        check_finite(group[0], change, [tuned])
+        check_finite(group[0], change, [tuned, base])
         found |= dict.fromkeys(group, change)
     return {name: found[name] for name in base_state if name in found}
 
@@ -99,7 +99,7 @@ def apply_task_vector(base_state: State, vector: State, scale: float = 1.0) -> d
             wide = torch.promote_types(torch.promote_types(base.dtype, change.dtype), torch.float32)
             added = change.to(base.device, wide)
             value = torch.where(added == 0, base.to(wide), base.to(wide) + scale * added).to(base.dtype)
-            check_finite(group[0], value, [base])
+            check_finite(group[0], value, [base, value])
         made |= dict.fromkeys(group, value)
     return {name: made[name] for name in base_state}
 
