@@ -13,7 +13,7 @@ NAMES = ["a <b>", 'French & "others"', "c"]
 
 
 def parts(text, kind):
-    return [element for element in ElementTree.fromstring(text).iter(SVG + kind)]
+    return list(ElementTree.fromstring(text).iter(SVG + kind))
 
 
 def texts(svg):

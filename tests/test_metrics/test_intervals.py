@@ -39,7 +39,7 @@ def test_the_probability_is_the_integral_of_the_density(degrees):
     x = torch.linspace(-t, t, steps + 1, dtype=torch.float64)
     scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(degrees * math.pi) / 2
     density = (scale - (degrees + 1) / 2 * torch.log1p(x * x / degrees)).exp()
-    simpson = density * torch.tensor([1.0, *([4.0, 2.0] * (steps // 2))][:steps] + [1.0], dtype=torch.float64)
+    simpson = density * torch.tensor([1.0, *[4.0, 2.0] * (steps // 2 - 1), 4.0, 1.0], dtype=torch.float64)
     assert student_t_probability(t, degrees) == pytest.approx(float(simpson.sum() * 2 * t / steps / 3), rel=1e-9)
 
 
@@ -87,7 +87,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="as many values as others, of the same seeds and orders; got 2 and 1"):
         paired_difference([1.0, 2.0], [1.0])
     for confidence in (0, 1, 95, True):
-        with pytest.raises(ValueError, match="confidence must be above 0 and below 1, such as 0.95; got"):
+        with pytest.raises(ValueError, match="confidence must be above 0 and below 1, such as"):
             mean_and_interval([1.0, 2.0], confidence)
     with pytest.raises(ValueError, match="degrees of freedom must be a whole number of at least 1; got 0"):
         student_t_quantile(0.95, 0)

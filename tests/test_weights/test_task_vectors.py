@@ -97,5 +97,5 @@ def test_bad_states():
         task_vector({"w": W}, {"w": W, "v": W})
     with pytest.raises(ValueError, match="w would not be finite"):
         task_vector({"w": W}, {"w": W / 0})
-    with pytest.raises(ValueError, match="w is torch.int8 and differs"):
+    with pytest.raises(ValueError, match=r"w is torch\.int8 and differs"):
         task_vector({"w": W.to(torch.int8)}, {"w": W.to(torch.int8) + 1})
