@@ -50,6 +50,7 @@ def uniform_soup(states: Sequence[State]) -> dict[str, Tensor]:
         TypeError: a state is no dict of tensors.
 
     Example:
+        >>> import torch
         >>> uniform_soup([{"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([2.0, 5.0])}])
         {'w': tensor([1.5000, 5.0000])}
     """
@@ -74,6 +75,7 @@ def greedy_soup(states: Sequence[State], score: Callable[[dict[str, Tensor]], fl
         TypeError: as `uniform_soup`.
 
     Example:
+        >>> import torch
         >>> states = [{"w": torch.tensor(value)} for value in (0.0, 5.0, 3.0)]
         >>> soup = greedy_soup(states, score=lambda state: -abs(state["w"].item() - 2.0))
         >>> soup.members, soup.state, soup.scores
