@@ -78,6 +78,14 @@ def test_equals_the_plain_formulas_however_rows_are_batched(make, batches):
     assert perplexity_change(model, batches) == found["perplexity_change"]
 
 
+def test_an_adapted_head_is_the_bases_own_for_the_base():
+    model = adapted(targets=["q_proj", "lm_head"])
+    kl, agreed, _, base = reference(model, ROWS)
+    found = retention(model, [collate_packed(ROWS)])
+    assert (found["kl_to_base"], found["greedy_agreement"]) == (pytest.approx(kl, rel=1e-4), pytest.approx(agreed))
+    assert found["base_perplexity"] == pytest.approx(base, rel=1e-5)
+
+
 def test_the_base_as_a_module_is_the_base_as_an_adapter_switched_off():
     model = adapted()
     batches = [collate_padded(ROWS)]

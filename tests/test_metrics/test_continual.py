@@ -15,10 +15,10 @@ LOWER = [[0.9, None, math.nan], [0.5, 0.8, None], [0.6, 0.7, 0.9]]
 
 
 def test_the_matrix_everybody_can_compute_by_hand():
-    matrix = ContinualMatrix(R, baseline=[0.1, 0.1, 0.1], joint=[0.9, 0.85, 0.95])
+    matrix = ContinualMatrix(R, baseline=[0.3, 0.1, 0.05], joint=[0.9, 0.85, 0.95])
     assert matrix.accuracy == pytest.approx(2.2 / 3)
     assert matrix.backward_transfer == pytest.approx(((0.6 - 0.9) + (0.7 - 0.8)) / 2)
-    assert matrix.forward_transfer == pytest.approx(((0.1 - 0.1) + (0.2 - 0.1)) / 2)
+    assert matrix.forward_transfer == pytest.approx(((0.1 - 0.1) + (0.2 - 0.05)) / 2)
     assert matrix.forgetting == pytest.approx((0.3 + 0.1) / 2)
     assert matrix.relative_forgetting == pytest.approx((0.3 / 0.9 + 0.1 / 0.8) / 2)
     assert matrix.accuracy_over_time == pytest.approx((0.9, 0.65, 2.2 / 3))

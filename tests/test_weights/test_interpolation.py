@@ -36,7 +36,8 @@ def test_it_is_the_formula(alpha):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_ends_are_the_models_to_the_bit(dtype):
     base, tuned = states(dtype)
-    base["b"][0] = -0.0
+    base["b"][:2] = torch.tensor([-0.0, math.inf])
+    tuned["b"][:2] = 2.0
     for alpha, state in ((0, base), (1, tuned)):
         found = interpolate(base, tuned, alpha)
         for name in ("a", "b", "c", "frozen", "mask"):
