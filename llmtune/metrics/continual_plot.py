@@ -142,8 +142,8 @@ def _chart(lines: Sequence[Line], ticks: Sequence[str]) -> str:
         parts.append(f'<path d="M{left} {y(value):.1f}h{width:.1f}" stroke="#eee"/>')
         parts.append(_text(left - 5, y(value) + 4, f"{value:.3g}", "end"))
     short = max(map(len, ticks)) <= 8  # else they are numbered; the legend has them in the same order
-    for t, tick in enumerate(ticks):
-        parts.append(_text(x(t + 1), top + height + 16, tick if short else str(t + 1), "middle"))
+    shown = ticks if short else _names(None, len(ticks))
+    parts += [_text(x(n + 1), top + height + 16, tick, "middle") for n, tick in enumerate(shown)]
     parts.append(_text(left + width / 2, top + height + 32, "after task", "middle"))
     for place, (label, points, color, thick) in enumerate(lines):
         path = " ".join(f"{x(t):.1f},{y(value):.1f}" for t, value, _ in points)
@@ -164,7 +164,7 @@ def _chart(lines: Sequence[Line], ticks: Sequence[str]) -> str:
 def _marks(low: float, high: float) -> list[float]:
     """Return at most six round numbers between two."""
     wanted = (high - low) / 5
-    unit = 10.0 ** math.floor(math.log10(wanted))
+    unit = math.pow(10, math.floor(math.log10(wanted)))
     step = next(times * unit for times in (1, 2, 5, 10) if times * unit >= wanted)
     return [place * step for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
