@@ -10,8 +10,8 @@ from typing import Any
 
 from overfitting_data import NAMES
 
-# The 97.5 % point of Student's t by degrees of freedom.
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+from llmtune.metrics.intervals import mean_and_interval
+
 Runs = Mapping[tuple[str, str, int], Mapping[int, Mapping[str, Any]]]  # set, recipe, shots: seed: the run's numbers
 
 
@@ -22,13 +22,6 @@ def read(folder: Path) -> Runs:
         one = json.loads(path.read_text(encoding="utf-8"))
         found.setdefault((one["data"], one["recipe"], one["shots"]), {})[one["seed"]] = one
     return found
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and half of the 95 % interval of the mean by Student's t; NaN of a single value."""
-    if len(values) < 2:
-        return values[0], float("nan")
-    return statistics.mean(values), T[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
 def differences(

@@ -14,6 +14,7 @@ from llmtune.adapters.formula import lora_change
 from llmtune.adapters.fused import lora_linear
 from llmtune.adapters.ia3 import IA3Linear, ia3_scale
 from llmtune.adapters.ia3_config import IA3
+from llmtune.adapters.interpolated import interpolated
 from llmtune.adapters.layer import AdapterLayer
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
 from llmtune.adapters.lora_embedding import LoRAEmbedding
@@ -101,6 +102,7 @@ __all__ = [
     "disabled",
     "draw_projections",
     "ia3_scale",
+    "interpolated",
     "kept_triplets",
     "load",
     "lora_change",

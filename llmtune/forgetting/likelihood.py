@@ -174,7 +174,7 @@ def _labels(batch: Batch) -> Tensor:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim not in (1, 2):
         came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
-        raise ValueError(f"Fisher information needs integer labels, one a row [B] or one a token [B, T]; got {came}")
+        raise ValueError(f"a likelihood needs integer labels, one a row [B] or one a token [B, T]; got {came}")
     if INPUTS in batch and labels.ndim != 1:
         raise ValueError(f"the targets of a pair (inputs, targets) must be classes [n]; got {[*labels.shape]}")
     return labels

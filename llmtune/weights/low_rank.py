@@ -88,6 +88,35 @@ def low_rank_product(left: Tensor, right: Tensor, rank: int | None = None) -> Lo
     return LowRank(found.left.to(narrow), found.right.to(narrow), found.error)
 
 
+@torch.no_grad()
+def effective_rank(matrix: Tensor) -> float:
+    """Return over how many directions a matrix is spread: exp of the entropy of its singular values' shares.
+
+    exp(- sum_i p_i log p_i),  p_i = s_i / sum_j s_j
+
+    From 1 for one direction to the rank for equal singular values; 0 for a matrix of zeros. Of a change of weights it
+    says whether the training used the rank that it was given.
+
+    Args:
+        matrix: [rows, columns], finite.
+
+    Raises:
+        ValueError: it has other than two dimensions, or an entry that is not finite.
+
+    Example:
+        >>> round(effective_rank(torch.diag(torch.tensor([3.0, 3.0, 0.0]))), 4)
+        2.0
+
+    Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (2007), section 2.
+    """
+    if matrix.ndim != 2 or not bool(matrix.isfinite().all()):
+        raise ValueError(f"a finite matrix is expected; got {[*matrix.shape]} of {matrix.dtype}")
+    values = torch.linalg.svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+    if not bool(values.any()):
+        return 0.0
+    return float(torch.special.entr(values / values.sum()).sum().exp())
+
+
 def check_rank(rank: int) -> None:
     """Raise ValueError where `rank` is no whole number of at least 1."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:

@@ -188,3 +188,13 @@ def test_refusals(arguments, options, message):
 def test_a_change_is_floating():
     with pytest.raises(TypeError, match=r"w in deltas\[0\] is torch.int64: a change of weights is floating"):
         merge_deltas([{"w": torch.ones(3, dtype=torch.int64)}])
+
+
+def test_dare_is_the_change_on_average():
+    (delta,) = models(1, dtype=torch.float64)
+    generator, runs, density = torch.Generator().manual_seed(19), 900, 0.4
+    drawn = [merge_deltas([delta], method="dare", density=density, generator=generator)["a"] for _ in range(runs)]
+    mean = torch.stack(drawn).mean(0)
+    deviation = delta["a"].abs() * ((1 - density) / density / runs) ** 0.5  # of the mean of the runs
+    assert ((mean - delta["a"]).abs() < 5 * deviation).all()
+    assert (mean - delta["a"]).abs().max() > 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmtune.weights import low_rank_matrix, low_rank_product
+from llmtune.weights import effective_rank, low_rank_matrix, low_rank_product
 
 
 def factors(rows=13, inner=5, columns=11, dtype=torch.float64):
@@ -68,3 +68,17 @@ def test_the_rank_is_a_whole_number(rank):
     for make in (lambda: low_rank_matrix(torch.ones(3, 2), rank), lambda: low_rank_product(*factors(), rank)):
         with pytest.raises(ValueError, match="rank must be a whole number of at least 1; got"):
             make()
+
+
+def test_the_effective_rank_counts_directions():
+    values = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, 4, dtype=torch.float64)).Q for n in (11, 7))
+    p = values / 8
+    expected = float((-(p * p.log()).sum()).exp())
+    assert effective_rank(left @ torch.diag(values) @ right.T) == pytest.approx(expected, rel=1e-9)
+    assert effective_rank(left @ right.T * 0.01) == pytest.approx(4.0)
+    assert effective_rank(torch.ones(5, 3)) == pytest.approx(1.0, abs=1e-3)
+    assert effective_rank(torch.zeros(5, 3)) == 0.0
+    for wrong in (torch.ones(3), torch.full((2, 2), float("nan"))):
+        with pytest.raises(ValueError, match="a finite matrix is expected; got"):
+            effective_rank(wrong)
