@@ -18,8 +18,7 @@ from llmtune.adapters.layer import adapter_chain, named_places
 from llmtune.adapters.lora import LoRALinear, LowRankLayer
 from llmtune.errors import did_you_mean
 from llmtune.forgetting.input_directions import checked_basis, designed_rows, extended_basis
-from llmtune.forgetting.input_rows import Covariance, counted_rows, decoder_labels
-from llmtune.losses.head import model_inputs
+from llmtune.forgetting.input_rows import Covariance, counted_rows, inputs_of
 from llmtune.modules import train_mode, unwrap
 
 
@@ -215,7 +214,7 @@ def _collect(model: nn.Module, layers: Mapping[str, LowRankLayer], batches: Iter
         for batch in batches:
             with _watching(model, layers, found, batch):
                 if isinstance(batch, Mapping):
-                    model(**model_inputs(model, dict(batch)), **decoder_labels(model, batch))
+                    model(**inputs_of(model, batch))
                 else:
                     model(batch[0])
     for place, one in found.items():

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.losses.head import model_inputs
+from llmtune.losses.sequence_to_sequence import decoder_inputs
+
 CROSS = ("EncDecAttention", "encoder_attn", "crossattention")  # whose keys and values read the encoder's output
 KEYS = ("k", "v", "key", "value", "k_proj", "v_proj")
 IGNORED = -100
@@ -40,11 +43,18 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def decoder_labels(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the labels, as an encoder-decoder makes its decoder's inputs of them; nothing for other models."""
-    config = getattr(model, "config", None)
-    needed = getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch
-    return {"labels": batch["labels"]} if needed and "labels" in batch else {}
+def inputs_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `model(**inputs)` is called with: no labels, but what an encoder-decoder makes of them."""
+    inputs, labels = model_inputs(model, dict(batch)), batch.get("labels")
+    alone = not {"decoder_input_ids", "decoder_inputs_embeds"}.intersection(inputs)
+    if encoder_decoder(model) and alone and isinstance(labels, Tensor) and labels.ndim == 2:
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+    return inputs
+
+
+def encoder_decoder(model: nn.Module) -> bool:
+    """Return whether a Hugging Face model is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def counted_rows(model: nn.Module, place: str, batch: Any, shape: torch.Size) -> Tensor | None:
@@ -62,7 +72,7 @@ def counted_rows(model: nn.Module, place: str, batch: Any, shape: torch.Size) ->
     if not isinstance(batch, Mapping):
         return None
     mask = batch.get("attention_mask")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if encoder_decoder(model):
         parts = place.split(".")
         cross = any(part in CROSS for part in parts) and parts[-1] in KEYS
         if "decoder" in parts and not cross:
