@@ -68,8 +68,10 @@ def load_stack(model: nn.Module, folder: str | Path, *, folded: Iterable[str]) -
         if strange:
             raise ValueError(f'{folder}/{FILE}: "trained" names {strange[0]}, which is none of the stack\'s adapters')
         for name in state["names"]:
-            held = frozen.get(name, [])
-            for key, parameter in adapter_parameters(model, name).items():
+            held, own = frozen.get(name, []), adapter_parameters(model, name)
+            if unknown := [key for key in held if key not in own]:
+                raise ValueError(f'{folder}/{FILE}: "frozen" names {unknown[0]}, which adapter "{name}" has not')
+            for key, parameter in own.items():
                 parameter.requires_grad_(name in state["trained"] and key not in held)
     except BaseException:
         take_off(model)

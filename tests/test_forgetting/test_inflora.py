@@ -1,5 +1,7 @@
 """InfLoRA's change is 0 on every protected input, after AdamW's steps too; its A is the top of what is left."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -201,6 +203,14 @@ def test_what_is_frozen_is_saved_with_the_stack(tmp_path):
     for one, other in zip(adapter_layers(stack.model), adapter_layers(again.model), strict=True):
         assert torch.equal(one.lora_a, other.lora_a)
         assert (other.lora_a.requires_grad, other.lora_b.requires_grad) == (False, True)
+    path = tmp_path / "adapter_stack.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in state.items() if key != "frozen"}))  # as older files are
+    older = AdapterStack.load(tiny_llama(), tmp_path)
+    assert all(layer.lora_a.requires_grad for layer in adapter_layers(older.model))
+    path.write_text(json.dumps(state | {"frozen": {"first": ["gone"]}}))
+    with pytest.raises(ValueError, match='"frozen" names gone, which adapter "first" has not'):
+        AdapterStack.load(tiny_llama(), tmp_path)
 
 
 def test_bases_of_other_modules_are_kept():
