@@ -60,7 +60,8 @@ def inflora_start(
     Args:
         model: with the adapter, as `AdapterStack.start` leaves it; the earlier adapters as the task will train on them.
         name: the adapter: a LoRA on linear layers and GPT-2's Conv1D, not yet trained.
-        batches: of the new task's training data: dicts for `model(**batch)`, or (inputs, targets) pairs.
+        batches: of the new task's training data: dicts for `model(**batch)`, or (inputs, targets) pairs; the same in
+            all processes.
         protected: {bare name of a module, or of its weight: Q [in, k], orthonormal columns}, at least for every module
             that the adapter goes to. Left out, nothing is protected: the first task.
 

@@ -6,13 +6,16 @@ import torch
 from llmtune.adapters import AdapterStack, LoRA, adapter_parameters, attach
 from llmtune.adapters.attach import adapter_layers
 from llmtune.data.collate import collate_padded
+from llmtune.errors import CheckpointError
 from llmtune.forgetting import SLAO, OrthogonalLoRA, inflora_start, protected_inputs
+from llmtune.integrations import with_loss
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
+from llmtune.types import Callback
 
 TASKS = ("maths", "french", "code")
 KINDS = {
@@ -154,3 +157,57 @@ def test_slao_is_one_adapter_and_one_b(kind, tmp_path):
         restored.load_state_dict(slao.state_dict())
         model, slao = again, restored
     assert slao.tasks == 3
+
+
+def test_a_killed_inflora_task_goes_on_bit_for_bit(tmp_path):
+    """The stack from between the tasks and the loop's checkpoint are all there is to keep; another A is refused."""
+
+    def loop(model, steps):
+        settings = LoopSettings(
+            max_steps=steps, rows_per_step=4, schedule="constant", progress=False, folder=tmp_path / "run", save_every=1
+        )
+        return TrainingLoop(model, rows_of("llama", 0), settings=settings, collate=collate, callbacks=[stop])
+
+    class Stop(Callback):
+        after = 1
+
+        def on_step_end(self, loop, metrics):
+            if loop.step == self.after:
+                raise KeyboardInterrupt
+
+    stop, stack = Stop(), AdapterStack(tiny_llama())
+    stack.start(LoRA(rank=4, alpha=8, targets=["q_proj"]), "maths")
+    inflora_start(stack.model, "maths", [collate(rows_of("llama", 0))])
+    stack.save(tmp_path / "stack")
+    with pytest.raises(KeyboardInterrupt):
+        loop(stack.model, 3).fit()
+    stop.after = None
+    again = AdapterStack.load(tiny_llama(), tmp_path / "stack").model
+    loop(again, 3).fit(resume=True)
+    whole = AdapterStack.load(tiny_llama(), tmp_path / "stack").model
+    settings = LoopSettings(max_steps=3, rows_per_step=4, schedule="constant", progress=False)
+    TrainingLoop(whole, rows_of("llama", 0), settings=settings, collate=collate).fit()
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), whole.parameters(), strict=True))
+    other = AdapterStack.load(tiny_llama(), tmp_path / "stack").model
+    with torch.no_grad():
+        adapter_layers(other)[0].lora_a += 1
+    with pytest.raises(CheckpointError, match="lora_a"):
+        loop(other, 4).fit(resume=True)
+
+
+def test_o_lora_in_the_trainer(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    stack, cosines = AdapterStack(tiny_llama()), []
+    stack.start(LoRA(rank=4, alpha=8, targets=["q_proj"]), "maths")
+    stack.start(LoRA(rank=4, alpha=8, targets=["q_proj"]), "french")
+    penalty = OrthogonalLoRA(strength=30.0)
+    cosines.append(penalty.report(stack.model).cosines["maths"])
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=10, learning_rate=5e-3, per_device_train_batch_size=4, report_to=[],
+        disable_tqdm=True, use_cpu=True, save_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    kind = with_loss(Trainer, causal_lm_loss, penalties=[penalty])
+    kind(stack.model, arguments, train_dataset=rows_of("llama", 1), data_collator=collate).train()
+    cosines.append(penalty.report(stack.model).cosines["maths"])
+    assert cosines[1] < 0.5 * cosines[0]
