@@ -183,7 +183,7 @@ def _check_layer(place: str, layer: AdapterLayer) -> None:
     name = layer.adapter_name
     if isinstance(layer, TrainedCopy):
         raise ValueError(
-            f'adapter "{name}" trains a copy of {place}, and a module can have one copy only, so that none can be '
+            f'adapter "{name}" trains a copy of {place}, and a module can run one copy only, so that none can be '
             "combined beside it: merge it into the weights, or combine adapters without train_modules"
         )
     for tensor in _own(layer):

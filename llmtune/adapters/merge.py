@@ -171,6 +171,12 @@ def _changes(
                 f'adapter "{reader.adapter_name}" is made for the weights as they are, and "{name}" would change '
                 f'them under it: merge "{reader.adapter_name}" first'
             )
+        under = next((o for o in adapter_chain(layer.base) if isinstance(o, TrainedCopy) and not o.merged), None)
+        if isinstance(layer, TrainedCopy) and under is not None:
+            raise ValueError(
+                f'adapter "{name}" trains a copy of a {type(bare).__name__}, and so does "{under.adapter_name}" before '
+                f'it: merge "{under.adapter_name}" first'
+            )
         deltas = layer.deltas()
         if not deltas:
             raise ValueError(f'adapter "{name}" is no change of weights, so it cannot be merged into them')

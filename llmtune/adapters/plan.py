@@ -204,7 +204,7 @@ def _adapted(
 
 def check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
     """Check that no module is adapted twice: one trained whole runs instead of the base and of all that is inside it,
-    so it belongs to one adapter alone.
+    so what stands at it or inside it can be nothing but other adapters' copies of that same module.
 
     Args:
         places: the modules by bare name.
@@ -220,6 +220,8 @@ def check_free(places: Mapping[str, nn.Module], plan: Plan) -> None:
         taken = [other for other in whole if inside(place, [other])]
         if place in plan.copied:
             taken += [other for other in carrying if inside(other, [place])]
+            if all(type(layer) is TrainedCopy for layer in carrying.get(place, [])):  # a copy for every task
+                taken = [other for other in taken if other != place]
         if taken:
             owner = carrying[taken[0]][0].adapter_name
             also = "" if taken[0] == place else f" ({taken[0]})"

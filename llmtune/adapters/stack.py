@@ -28,6 +28,14 @@ from llmtune.modules import unwrap
 class AdapterStack:
     """The adapters of a model as a chain of tasks; all it knows stands in the model, so a copied model has its own.
 
+    `start` for every task is what the literature calls IncLoRA: the earlier adapters are frozen and stay on, so that
+    their changes and the new one add up. SeqLoRA is one adapter for all tasks: `start` once, and train on.
+
+    A module trained whole (`train_modules`: a classification head) has a copy in every task that names it. A new copy
+    starts from the one in use; the newest that is on runs; `use` brings an earlier task's back, to the bit. A task that
+    does not name it leaves it as it is, frozen. (PEFT's new copy starts from the base model's, so that an untrained
+    head starts anew with every task.) They are merged in the order in which they came.
+
     Args:
         model: any module, with or without adapters.
 
@@ -131,7 +139,7 @@ class AdapterStack:
         set_active(self.model, names)
 
     def save(self, folder: str | Path) -> Path:
-        """Write every adapter as `save` does, and `adapter_stack.json`: their order, which are on and which trained.
+        """Write every adapter as `save` does, and `adapter_stack.json`: their order, which are on, trained and frozen.
 
         Args:
             folder: where to; the file of the order is moved there last.
@@ -143,7 +151,9 @@ class AdapterStack:
             raise ValueError("there is no adapter to save: start a task first")
         state = {key: getattr(self, key) for key in ("names", "active", "trained", "folded")}
         record = record_of(self.model, self.names[-1])
-        return save_stack(self.model, folder, state | {"merged": record.merged}, over=record.over)
+        parameters = {name: adapter_parameters(self.model, name) for name in state["trained"]}
+        frozen = {name: [k for k, p in some.items() if not p.requires_grad] for name, some in parameters.items()}
+        return save_stack(self.model, folder, state | {"merged": record.merged}, over=record.over, frozen=frozen)
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path, *, folded: Sequence[str] = ()) -> AdapterStack:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -18,14 +19,21 @@ KEYS = ("names", "active", "trained", "merged", "folded")
 
 
 def save_stack(
-    model: nn.Module, folder: str | Path, state: Mapping[str, Sequence[str]], *, over: Mapping[str, Sequence[str]]
+    model: nn.Module,
+    folder: str | Path,
+    state: Mapping[str, Sequence[str]],
+    *,
+    over: Mapping[str, Sequence[str]],
+    frozen: Mapping[str, Sequence[str]],
 ) -> Path:
     """Write every adapter and, last, the file of their state. See `AdapterStack.save`."""
     for name in state["names"]:
         save(model, folder, name)
     path = Path(folder) / FILE
     temporary = path.with_name(f".{FILE}.{os.getpid()}.tmp")
-    described = {key: list(state[key]) for key in KEYS} | {"over": {name: list(some) for name, some in over.items()}}
+    described: dict[str, Any] = {key: list(state[key]) for key in KEYS}
+    for key, by_name in (("over", over), ("frozen", frozen)):
+        described[key] = {name: list(some) for name, some in by_name.items()}
     temporary.write_text(json.dumps(described, indent=2), encoding="utf-8")
     os.replace(temporary, path)
     return Path(folder)
@@ -38,7 +46,7 @@ def load_stack(model: nn.Module, folder: str | Path, *, folded: Iterable[str]) -
         FileNotFoundError: a file is missing.
         ValueError: the model has adapters, `folded` is not the stack's, or the files do not fit.
     """
-    (state, over), folded = read_stack(Path(folder)), list(folded)
+    (state, over, frozen), folded = read_stack(Path(folder)), list(folded)
     if adapter_names(model):
         raise ValueError(
             f"a stack is loaded into a model without adapters; this one has {', '.join(adapter_names(model))}: "
@@ -60,8 +68,11 @@ def load_stack(model: nn.Module, folder: str | Path, *, folded: Iterable[str]) -
         if strange:
             raise ValueError(f'{folder}/{FILE}: "trained" names {strange[0]}, which is none of the stack\'s adapters')
         for name in state["names"]:
-            for parameter in adapter_parameters(model, name).values():
-                parameter.requires_grad_(name in state["trained"])
+            held, own = frozen.get(name, []), adapter_parameters(model, name)
+            if unknown := [key for key in held if key not in own]:
+                raise ValueError(f'{folder}/{FILE}: "frozen" names {unknown[0]}, which adapter "{name}" has not')
+            for key, parameter in own.items():
+                parameter.requires_grad_(name in state["trained"] and key not in held)
     except BaseException:
         take_off(model)
         raise
@@ -85,8 +96,9 @@ def take_off(model: nn.Module) -> None:
         detach(model, name)
 
 
-def read_stack(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Return what the file of the state holds: lists of names, and for each adapter those merged when it came.
+def read_stack(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, list[str]]]:
+    """Return what the file of the state holds: lists of names; for each adapter those merged when it came; and for each
+    trained one the parameters of its that are frozen.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -101,7 +113,7 @@ def read_stack(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]
         raise ValueError(f"{path} is no JSON: {type(error).__name__}: {error}") from error
     lists = [found.get(key) for key in KEYS] if isinstance(found, dict) else [None]
     whole = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
-    over = found.get("over", {}) if isinstance(found, dict) else None
-    if not whole or not found["names"] or not isinstance(over, dict):
+    over, frozen = (found.get(key, {}) if isinstance(found, dict) else None for key in ("over", "frozen"))
+    if not whole or not found["names"] or not isinstance(over, dict) or not isinstance(frozen, dict):
         raise ValueError(f"{path} describes no stack of adapters: it must hold lists of names for {', '.join(KEYS)}")
-    return {key: found[key] for key in KEYS}, over
+    return {key: found[key] for key in KEYS}, over, frozen

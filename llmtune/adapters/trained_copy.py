@@ -13,7 +13,7 @@ from llmtune.adapters.layer import PREFIX, AdapterLayer, adapter_chain, bare_mod
 
 
 class TrainedCopy(AdapterLayer):
-    """A module trained whole, as a copy: PEFT's `modules_to_save`.
+    """A module trained whole, as a copy: PEFT's `modules_to_save`. Over another adapter's copy it starts from that one.
 
     Where the copy's dtype is not the base's, its parameters are rounded to the base's on use, so that the output keeps
     the dtype it had and starts as it was, to the bit.
@@ -35,7 +35,7 @@ class TrainedCopy(AdapterLayer):
                 f"a {type(bare_module(base)).__name__} with a weight of {integral.dtype} (quantised) cannot be trained "
                 "whole: leave it out of train_modules"
             )
-        self.copy = copy.deepcopy(bare_module(base)).requires_grad_(True)
+        self.copy = copy.deepcopy(running(base)).requires_grad_(True)
         if dtype is not None:
             for parameter in self.copy.parameters():
                 parameter.data = parameter.data.to(torch.promote_types(dtype, parameter.dtype))
@@ -138,6 +138,14 @@ class TrainedBias(AdapterLayer):
         bare: Any = bare_module(self)
         alone = self.original is None or torch.equal(bare.bias, self.original)
         return {"bias": self.trained_bias} if alone else {}
+
+
+def running(module: nn.Module) -> nn.Module:
+    """Return the module that runs at a place where nothing but copies may stand: the newest copy that takes part, or
+    the bare one."""
+    copies = (layer for layer in adapter_chain(module) if isinstance(layer, TrainedCopy) and layer.takes_part)
+    layer = next(copies, None)
+    return bare_module(module) if layer is None else layer.copy
 
 
 def check_first(base: nn.Module, method: str, *, and_bias: bool = False) -> None:

@@ -11,6 +11,7 @@ from llmtune.adapters.config import LoRA
 from llmtune.adapters.effective import anchor_of, effective_parameters
 from llmtune.errors import LawBroken
 from llmtune.forgetting.ewc import EWC
+from llmtune.forgetting.orthogonal_lora import OrthogonalLoRA
 from llmtune.regularizers.delta_norm import DeltaNorm
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.testing.penalties import check_penalty
@@ -76,6 +77,29 @@ def delta_norm_formula(model, anchor, *, strength=3.0):
     return strength / 2 * (layer.scaling * layer.lora_b @ layer.lora_a).square().sum()
 
 
+def other_rows():
+    """Return a model whose newer LoRA reads other entries of the input than the one of the task before."""
+    model = SmallModel()
+    for name, first in (("old", 0), ("new", 2)):
+        attach(model, LoRA(rank=2, alpha=3, targets=["head"], dtype=torch.float64), name)
+        (layer,) = adapter_layers(model, name)
+        with torch.no_grad():
+            layer.lora_a.zero_()
+            layer.lora_a[0, first], layer.lora_a[1, first + 1] = 2.0, -3.0
+    return model
+
+
+def orthogonal_lora_formula(model, anchor, *, form, strength=3.0):
+    new, old = (adapter_layers(model, name)[0].lora_a.detach() for name in ("new", "old"))
+    total = 0.0
+    for a in new:
+        for b in old:
+            product = (a * b).sum()
+            terms = {"normalised": product**2 / (a @ a) / (b @ b), "paper": product**2, "code": product.abs()}
+            total = total + terms[form]
+    return strength * total
+
+
 def user_penalty(model):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     return lambda m: sum((p - start[name]).square().sum() for name, p in m.named_parameters())
@@ -113,6 +137,16 @@ def test_penalties_keep_the_laws(penalty, model):
 def test_the_delta_norm_keeps_the_laws(adapters):
     """Its anchor is no change at all, so it is made for models whose adapter is at its start."""
     check_penalty(delta_norm, model=all_low_rank(adapters=adapters), closed_form=delta_norm_formula)
+
+
+@pytest.mark.parametrize("form", ["normalised", "paper", "code"])
+def test_o_lora_keeps_the_laws(form):
+    """It is 0 where no row of A shares anything with those of the task before."""
+    check_penalty(
+        lambda model: OrthogonalLoRA(3.0, form),
+        model=other_rows(),
+        closed_form=partial(orthogonal_lora_formula, form=form),
+    )
 
 
 # --- faults ---------------------------------------------------------------------------------------------------------

@@ -440,7 +440,7 @@ def test_refusals_change_nothing(names, weights, options, message):
 def test_copies_of_whole_modules_cannot_stand_twice():
     model = tiny_bert(labels=3)
     attach(model, lora(targets=["query"], train_modules=["classifier"]), "one")
-    with pytest.raises(ValueError, match='adapter "one" trains a copy of classifier, and a module can have one copy'):
+    with pytest.raises(ValueError, match='adapter "one" trains a copy of classifier, and a module can run one copy'):
         combine(model, ["one"], [1], new_name="both")
 
 

@@ -168,7 +168,7 @@ def test_folding_leaves_the_older_tasks_alone():
     ],
 )
 def test_the_next_may_stand_where_the_folded_one_stood(config):
-    """DoRA must be the first at its place, and a module has one copy: after folding the place is free."""
+    """DoRA must be the first at its place: after folding the place is free."""
     model = tiny_bert(labels=3)
     stack = AdapterStack(model)
     stack.start(config, "first")
