@@ -53,7 +53,7 @@ class OnlineEWC(ImportancePenalty):
         (1, 0.0)
 
     Reference:
-        Schwarz et al. 2018, "Progress & compress", section 4; Huszar 2018, "Note on the quadratic penalties in elastic
+        Schwarz et al. 2018, "Progress & compress", online EWC; Huszar 2018, "Note on the quadratic penalties in elastic
         weight consolidation". The paper's penalty has gamma F~, so its strength times gamma is ours, and scales each
         task's Fisher information to one size; here F is as it is, so that a task's weight follows from its data.
         mammoth leaves out the 1/2, weights each squared gradient by the label's probability, and divides by a count
