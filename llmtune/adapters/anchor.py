@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +40,9 @@ class Pin:
     """
 
     mark: str
-    parameter: nn.Parameter
-    version: int
-    pointer: int
+    parameter: nn.Parameter | None  # None until a pin that comes out of a saved state first meets it
+    version: int = -1
+    pointer: int = 0
 
     @classmethod
     def at(cls, parameter: nn.Parameter, mark: str | None = None) -> Pin:
@@ -66,29 +68,77 @@ class Anchor:
         copy: the value, owned by the anchor from now on; or None with `pin`.
         pin: the frozen weight that the value is, apart from `factors`.
         factors: what active low-rank adapters added at the time; copies.
+        dtype: what the copy is rounded to, and any that is made later; None for the value's own.
+        device: where the copy stays; None for the parameter's.
     """
 
     def __init__(
-        self, name: str, *, copy: Tensor | None = None, pin: Pin | None = None, factors: tuple[Factors, ...] = ()
-    ) -> None:
-        self.name, self.factors = name, factors
-        self.base: Tensor | Pin = pin if copy is None else copy  # type: ignore[assignment]
+        self, name: str, *, copy: Tensor | None = None, pin: Pin | None = None, factors: tuple[Factors, ...] = (),
+        dtype: torch.dtype | None = None, device: torch.device | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.factors, self.dtype, self.device = name, factors, dtype, device
+        self.base: Tensor | Pin = pin if copy is None else self._kept(copy)  # type: ignore[assignment]
         self._mark: str | None = None
         self._compared = False
 
     @classmethod
-    def of(cls, entry: EffectiveParameter) -> Anchor:
-        """Return the anchor at the entry's present value."""
+    def of(
+        cls, entry: EffectiveParameter, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Anchor:
+        """Return the anchor at the entry's present value; dtype and device as the class has them."""
         if entry.parameter.requires_grad or entry.dense():
-            return cls(entry.name, copy=entry.value().detach().clone())
+            return cls(entry.name, copy=entry.value().detach().clone(), dtype=dtype, device=device)
         added = [(left.detach().clone(), right.detach().clone(), scaling) for left, right, scaling in entry.factors()]
         nonzero = tuple(factors for factors in added if bool(factors[0].any()) and bool(factors[1].any()))
-        return cls(entry.name, pin=Pin.at(entry.parameter), factors=nonzero)
+        return cls(entry.name, pin=Pin.at(entry.parameter), factors=nonzero, dtype=dtype, device=device)
+
+    @classmethod
+    def from_state(
+        cls, name: str, state: Mapping[str, Any], *, dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Anchor:  # fmt: skip
+        """Return the anchor that `state` gave, which shares no memory with it; dtype and device as the class has them.
+
+        A weight that stood for its own copy does so again as soon as `against` is given it.
+        """
+        factors = tuple((left.clone(), right.clone(), float(scaling)) for left, right, scaling in state["factors"])
+        copy = state["copy"]
+        anchor = cls(name, factors=factors, dtype=dtype, device=device)
+        anchor.base = Pin(state["pinned"], None) if copy is None else anchor._kept(copy.clone())
+        return anchor
+
+    def state(self) -> dict[str, Any]:
+        """Return copies of the tensors, and the checksum of a weight that stands for its own copy."""
+        pinned = self.base.mark if isinstance(self.base, Pin) else None
+        copy = None if isinstance(self.base, Pin) else self.base.clone()
+        return {
+            "copy": copy,
+            "pinned": pinned,
+            "factors": [[left.clone(), right.clone(), scaling] for left, right, scaling in self.factors],
+        }
 
     @property
     def shape(self) -> torch.Size:
-        """The parameter's shape."""
-        return (self.base.parameter if isinstance(self.base, Pin) else self.base).shape
+        """The parameter's shape; of an anchor out of a saved state that has not met its parameter, unknown: []."""
+        held = self.base.parameter if isinstance(self.base, Pin) else self.base
+        return torch.Size() if held is None else held.shape
+
+    @torch.no_grad()
+    def change(self, entry: EffectiveParameter) -> Tensor:
+        """Return theta - anchor as one tensor of the parameter's shape, in at least float32, without gradient.
+
+        Raises:
+            ValueError: the parameter stood for its own copy and has changed since.
+        """
+        target = self.against(entry.parameter)
+        if target is None:
+            value = entry.added()
+        else:
+            value = entry.value()
+            value = value.to(torch.promote_types(value.dtype, torch.float32)) - target.to(value.device)
+        for left, right, scaling in self.factors:
+            value = value - scaling * left @ right
+        return value
 
     def mark(self) -> str:
         """Return a checksum of the value as it was given, whatever has become of the copy since."""
@@ -109,11 +159,11 @@ class Anchor:
         device = parameter.device
         self.factors = tuple((left.to(device), right.to(device), s) for left, right, s in self.factors)
         if isinstance(self.base, Tensor):
-            self.base = self.base.to(device)
+            self.base = self.base.to(self.device or device)
             if parameter.requires_grad or self._compared:
                 return self.base
             self._compared = True
-            if not torch.equal(self.base, parameter.detach().to(self.base.dtype)):
+            if not torch.equal(self.base, parameter.detach().to(self.base)):
                 return self.base
             self.mark()  # of the copy, before it goes
             self.base = Pin.at(parameter)
@@ -125,8 +175,11 @@ class Anchor:
         if not parameter.requires_grad:
             return None
         self.mark()
-        self.base = parameter.detach().clone()  # it will be trained: from now on the value needs a tensor of its own
+        self.base = self._kept(parameter.detach().clone())  # it will be trained, and the value needs its own tensor
         return self.base
+
+    def _kept(self, copy: Tensor) -> Tensor:
+        return copy.to(self.device or copy.device, self.dtype or copy.dtype)
 
 
 def anchored_quadratic(
@@ -142,7 +195,7 @@ def anchored_quadratic(
     """
     parameter = entry.parameter
     if entry.dense():
-        base = parameter.detach() if target is None else target
+        base = parameter.detach() if target is None else target.to(parameter.device)
         for left, right, scaling in anchor.factors:
             base = base + scaling * left @ right
         return quadratic(entry.value(), fisher, base)

@@ -46,6 +46,13 @@ class EffectiveParameter:
         others = (layer for layer in self.layers if self.local != "weight" or layer.low_rank() is None)
         return [layer.deltas()[self.local] for layer in others]
 
+    def added(self) -> Tensor:
+        """Return the sum of all deltas, of the parameter's shape and in at least float32; 0 where there are none."""
+        total = torch.zeros_like(self.parameter, dtype=torch.promote_types(self.parameter.dtype, torch.float32))
+        for layer in self.layers:
+            total = total + layer.deltas()[self.local]
+        return total.detach()
+
     def value(self) -> Tensor:
         """Return the parameter, of its own shape, plus all deltas; the parameter itself where there are none."""
         total: Tensor = self.parameter
@@ -153,7 +160,7 @@ def differentiable(model: nn.Module, chosen: Mapping[str, EffectiveParameter]) -
     try:
         for place, module in list(named_places(model)):
             chain = adapter_chain(module)
-            if all(_only_adds(layer) for layer in chain):
+            if all(only_adds(layer) for layer in chain):
                 continue
             lost = [layer for layer in chain if layer.takes_part and not _names_changed(layer)]
             if lost:
@@ -228,7 +235,7 @@ def _names_changed(layer: AdapterLayer) -> frozenset[str]:
     return _delta_names[layer]
 
 
-def _only_adds(layer: AdapterLayer) -> bool:
+def only_adds(layer: AdapterLayer) -> bool:
     """Return whether the output depends on the layer's base as on the sum of base and change (or on no base at all);
     a layer that changes no parameter, but what the base returns, may stay where it is as well."""
     if not layer.takes_part or layer.low_rank() is not None or isinstance(layer, TrainedBias | TrainedCopy):

@@ -1,6 +1,7 @@
 """Parts against forgetting: Fisher information, elastic weight consolidation, distillation, replay of predictions."""
 """Parts against forgetting: Fisher information, elastic weight consolidation, distillation from the base model, and
 adapters for task after task."""
+"""Parts against forgetting: Fisher information, elastic weight consolidation and its kin, distillation."""
 
 from llmtune.adapters.effective import anchor_of
 from llmtune.forgetting.cached_teacher import with_teacher
@@ -62,4 +63,20 @@ __all__ = [
     "orthonormal_start",
     "protected_inputs",
     "row_overlap",
+from llmtune.forgetting.mas import MemoryAwareSynapses, output_sensitivity
+from llmtune.forgetting.memory import penalty_memory
+from llmtune.forgetting.online_ewc import OnlineEWC
+from llmtune.forgetting.synaptic import SynapticIntelligence, path_importance
+
+__all__ = [
+    "EWC",
+    "DistillToBase",
+    "MemoryAwareSynapses",
+    "OnlineEWC",
+    "SynapticIntelligence",
+    "anchor_of",
+    "diagonal_fisher",
+    "output_sensitivity",
+    "path_importance",
+    "penalty_memory",
 ]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor, anchored_quadratic, fingerprint
-from llmtune.adapters.effective import EffectiveParameter, choose_parameters, effective_parameters
+from llmtune.adapters.anchor import Anchor, fingerprint
+from llmtune.adapters.effective import choose_parameters
 from llmtune.errors import CheckpointError, did_you_mean
-from llmtune.modules import unwrap
+from llmtune.forgetting.importance import check_storage, importance_penalty, kept_importance
 from llmtune.types import Callback
 
 
@@ -39,10 +38,14 @@ class EWC(Callback):
         anchor: {bare name: tensor}, with at least the names of `fisher` (others are not used), as `anchor_of` gives it;
             or the model itself: its effective parameters as they are now, without ever copying a frozen weight.
         strength: 0 or more.
+        dtype: what Fisher information and anchor are rounded to, to hold half as much (`penalty_memory`); None for no
+            rounding. The mathematics stay in at least float32. An anchor in bfloat16 is off by up to 1/512 of a trained
+            parameter, and pulls there; a frozen weight is its own anchor, and exact.
+        device: where both stay, such as "cpu"; they come over in pieces at each call. None for the parameters' device.
 
     Raises:
-        ValueError: `fisher` is empty, negative or not finite; the anchor lacks one of its names or has another shape
-            there; `strength` is negative or not finite. Names the first.
+        ValueError: `fisher` is empty, negative or not finite, or overflows or vanishes in `dtype`; the anchor lacks one
+            of its names or has another shape there; `strength` is negative or not finite. Names the first.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -59,25 +62,26 @@ class EWC(Callback):
         Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", equation 3.
     """
 
-    def __init__(self, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor] | nn.Module, strength: float) -> None:
-        if not (strength >= 0 and math.isfinite(strength)):
-            raise ValueError(f"strength must be a finite number, 0 or more; got {strength}")
+    def __init__(
+        self, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor] | nn.Module, strength: float, *,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        self.strength, self.dtype, self.device = check_storage(strength, dtype, device)
         if not fisher:
             raise ValueError("fisher names no parameter: there is nothing to hold")
-        for name, value in fisher.items():
-            _check_fisher(name, value)
+        kept: Any = {"dtype": self.dtype, "device": self.device}
+        self.fisher = {n: kept_importance(n, value, what="Fisher information", **kept) for n, value in fisher.items()}
         if isinstance(anchor, nn.Module):
-            anchors = {name: Anchor.of(entry) for name, entry in choose_parameters(anchor, list(fisher)).items()}
+            chosen = choose_parameters(anchor, list(fisher))
+            anchors = {name: Anchor.of(entry, **kept) for name, entry in chosen.items()}
         else:
             for name in fisher:
                 if name not in anchor:
                     raise ValueError(f'the anchor has no "{name}", which fisher names.{did_you_mean(name, anchor)}')
-            anchors = {name: Anchor(name, copy=anchor[name].detach().clone()) for name in fisher}
+            anchors = {name: Anchor(name, copy=anchor[name].detach().clone(), **kept) for name in fisher}
         for name, value in fisher.items():
             if value.shape != anchors[name].shape:
                 raise ValueError(f"{name} is {[*value.shape]} in fisher and {[*anchors[name].shape]} in the anchor")
-        self.strength = float(strength)
-        self.fisher = {name: value.detach().clone() for name, value in fisher.items()}
         self.anchors = anchors
         self._marks: dict[str, str] | None = None
 
@@ -91,24 +95,7 @@ class EWC(Callback):
             ValueError: the model lacks a parameter that fisher names, or has it in another shape (names the first);
                 none of them can be trained; or a frozen weight that stood for its own anchor has changed.
         """
-        entries = effective_parameters(unwrap(model))
-        for name, value in self.fisher.items():
-            if name not in entries:
-                raise ValueError(f'fisher names "{name}", which the model has not.{did_you_mean(name, entries)}')
-            entries[name].check()
-            if entries[name].parameter.shape != value.shape:
-                shape = [*entries[name].parameter.shape]
-                raise ValueError(f"{name} is {shape} in the model and {[*value.shape]} in fisher: another model's?")
-        device = next(iter(entries.values())).parameter.device
-        with torch.autocast(device.type, enabled=False):
-            terms = [self._term(entries[name]) for name in self.fisher]
-        if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
-            raise ValueError(
-                f"EWC reaches no parameter that is trained: all {len(terms)} that fisher names are frozen, and so is "
-                f"any active adapter that changes one (the first: {next(iter(self.fisher))}). Take the Fisher "
-                "information of what you train"
-            )
-        return self.strength * torch.stack([term.to(device) for term in terms]).sum()
+        return self.strength * importance_penalty(model, self.fisher, self.anchors, kind="EWC", source="fisher")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells this penalty from another: the strength, and checksums of Fisher information and anchor."""
@@ -133,21 +120,3 @@ class EWC(Callback):
                         f"the saved EWC had another {what} of {name}: make this one of the same tensors (save them "
                         "once, rather than computing them anew)"
                     )
-
-    def _term(self, entry: EffectiveParameter) -> Tensor:
-        """Return 1/2 sum F (theta - anchor)^2 of one parameter."""
-        parameter, name = entry.parameter, entry.name
-        fisher = self.fisher[name] = self.fisher[name].to(parameter.device)
-        anchor = self.anchors[name]
-        return anchored_quadratic(entry, anchor, anchor.against(parameter), fisher)
-
-
-def _check_fisher(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError(f"the Fisher information of {name} must be a tensor of floats; got {value!r:.60}")
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"the Fisher information of {name} is not finite")
-    if bool((value < 0).any()):
-        raise ValueError(
-            f"the Fisher information of {name} is negative, down to {value.min().item():.3g}: it is a mean of squares"
-        )

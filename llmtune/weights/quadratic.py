@@ -1,4 +1,7 @@
-"""1/2 sum F (theta - anchor)^2, with F = 1 or not, without keeping a tensor of theta's size for the backward pass."""
+"""1/2 sum F (theta - anchor)^2, with F = 1 or not, without keeping a tensor of theta's size for the backward pass.
+
+F and the anchor may be of less precision than theta and on another device: they are widened, and come over, in pieces.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,8 @@ def quadratic(theta: Tensor, fisher: Tensor | None, anchor: Tensor) -> Tensor:
 
     Args:
         theta: any shape; gets the gradient fisher * (theta - anchor).
-        fisher: the same shape; None for 1 everywhere.
-        anchor: the same shape as theta.
+        fisher: the same shape, on any device; None for 1 everywhere.
+        anchor: the same shape as theta, on any device.
     """
     value: Tensor = _Quadratic.apply(theta, fisher, anchor)
     return value
@@ -62,8 +65,8 @@ class _Quadratic(torch.autograd.Function):
         fishers = [None] * len(thetas) if fisher is None else fisher.reshape(-1).split(CHUNK)
         parts = []
         for t, f, a in zip(thetas, fishers, anchors, strict=True):
-            e = t.to(dtype) - a.to(dtype)
-            parts.append(torch.dot(e, e) if f is None else torch.dot(f.to(dtype), e.square()))
+            e = t.to(dtype) - a.to(t.device, dtype)
+            parts.append(torch.dot(e, e) if f is None else torch.dot(f.to(t.device, dtype), e.square()))
         return 0.5 * torch.stack(parts).sum() if parts else theta.new_zeros((), dtype=dtype)
 
     @staticmethod
@@ -74,8 +77,8 @@ class _Quadratic(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         theta, fisher, anchor = ctx.saved_tensors
         dtype = _wide(theta, anchor)
-        scale = grad if fisher is None else grad * fisher.to(dtype)
-        return (scale * (theta.to(dtype) - anchor.to(dtype))).to(theta.dtype), None, None
+        scale = grad if fisher is None else grad * fisher.to(theta.device, dtype)
+        return (scale * (theta.to(dtype) - anchor.to(theta.device, dtype))).to(theta.dtype), None, None
 
 
 class _LowRankQuadratic(torch.autograd.Function):
@@ -105,8 +108,8 @@ class _LowRankQuadratic(torch.autograd.Function):
             for product in products:
                 e += product  # one by one, so that what the anchor was made of cancels exactly
             if anchor is not None:
-                e -= anchor[here].to(dtype)
-            fe = e if fisher is None else fisher[here].to(dtype) * e
+                e -= anchor[here].to(e.device, dtype)
+            fe = e if fisher is None else fisher[here].to(e.device, dtype) * e
             values.append(torch.dot(fe.flatten(), e.flatten()))
             if (d_weight := grads[0]) is not None:
                 d_weight[here] = fe
@@ -162,8 +165,8 @@ def _plain_gradients(
     if weight is not None:
         e = e + weight.to(dtype)
     if anchor is not None:
-        e = e - anchor.to(dtype)
-    value = 0.5 * (e * e if fisher is None else fisher.to(dtype) * e * e).sum()
+        e = e - anchor.to(flat[0].device, dtype)
+    value = 0.5 * (e * e if fisher is None else fisher.to(flat[0].device, dtype) * e * e).sum()
     inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     found = iter(torch.autograd.grad(value, inputs, create_graph=True))
     return [next(found) if need else None for need in needs]

@@ -1,5 +1,6 @@
 """The penalties' laws, run on ours, on a user's, and on penalties that break them."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -11,11 +12,17 @@ from llmtune.adapters.config import LoRA
 from llmtune.adapters.effective import anchor_of, effective_parameters
 from llmtune.errors import LawBroken
 from llmtune.forgetting.ewc import EWC
+from llmtune.forgetting.mas import MemoryAwareSynapses
+from llmtune.forgetting.online_ewc import OnlineEWC
 from llmtune.forgetting.orthogonal_lora import OrthogonalLoRA
+from llmtune.forgetting.synaptic import SynapticIntelligence
 from llmtune.regularizers.delta_norm import DeltaNorm
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.testing.penalties import check_penalty
-from llmtune.testing.small import SmallModel, moved
+from llmtune.testing.small import SmallModel, moved, trainable
+
+PATH_DAMPING = 0.01
+INPUTS = torch.randn(4, 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
 def weights_of(anchor):
@@ -33,6 +40,67 @@ def ewc_formula(model, anchor, *, strength=3.0):
     now, then = anchor_of(model), anchor_of(anchor)
     fisher = weights_of(then)
     return strength / 2 * sum((fisher[n].double() * (now[n] - then[n]).square()).sum() for n in fisher)
+
+
+def online_ewc(model, *, strength=3.0):
+    """Two tasks, both of which ended where the model is."""
+    penalty, fisher = OnlineEWC(strength, gamma=0.5), weights_of(anchor_of(model))
+    penalty.finish_task(model, fisher={name: 0.25 * value for name, value in fisher.items()})
+    penalty.finish_task(model, fisher={name: 0.875 * value for name, value in fisher.items()})
+    return penalty
+
+
+def synaptic(model, *, strength=3.0):
+    """One step of SGD that brings a copy, moved away, back to about where the model is; held where the model is."""
+    twin, penalty = moved(copy.deepcopy(model), seed=11), SynapticIntelligence(strength, damping=PATH_DAMPING)
+    optimizer = torch.optim.SGD(trainable(twin).values(), lr=1.0)
+    penalty.attach(twin, optimizer)
+    penalty.start_step()
+    for name, parameter in twin.named_parameters():
+        parameter.grad = torch.ones_like(parameter)
+        if parameter.requires_grad and name in trainable(model):
+            parameter.grad = (parameter - model.get_parameter(name)).detach()
+    penalty.task_gradients()
+    optimizer.step()
+    penalty.finish_task(model)
+    return penalty
+
+
+def synaptic_formula(model, anchor, *, strength=3.0):
+    """By the effective weights before and after that one step: path = -g * change, over change^2 + damping."""
+    now, then, start = anchor_of(model), anchor_of(anchor), moved(copy.deepcopy(anchor), seed=11)
+    before, total = anchor_of(start), 0.0
+    for name, value in then.items():
+        own = effective_parameters(start)[name].parameter
+        g = before[name] - value if own.requires_grad else torch.ones_like(value)
+        change = value - before[name]
+        importance = (-g * change).clamp(min=0) / (change.square() + PATH_DAMPING)
+        total = total + (importance * (now[name] - value).square()).sum()
+    return strength / 2 * total
+
+
+def mas(model, *, strength=3.0):
+    penalty = MemoryAwareSynapses(strength)
+    penalty.finish_task(model, [INPUTS])
+    return penalty
+
+
+def mas_formula(model, anchor, *, strength=3.0):
+    """By autograd through each effective weight, one input after the other."""
+    now, then = anchor_of(model), anchor_of(anchor)
+    bare = SmallModel().eval()
+    with torch.no_grad():
+        for name, value in then.items():
+            bare.get_parameter(name).copy_(value)
+        for name, entry in effective_parameters(anchor).items():
+            bare.get_parameter(name).copy_(entry.value())
+    bare.requires_grad_(True)
+    total = dict.fromkeys(then, 0.0)
+    for x in INPUTS:
+        found = torch.autograd.grad(bare(x[None]).square().sum(), [bare.get_parameter(name) for name in then])
+        for name, gradient in zip(then, found, strict=True):
+            total[name] = total[name] + gradient.abs() / len(INPUTS)
+    return strength / 2 * sum((total[n].float().double() * (now[n] - then[n]).square()).sum() for n in then)
 
 
 def adapted(*, trained=False, **options):
@@ -120,6 +188,9 @@ MODELS = {
 PENALTIES = {
     "EWC from the model": (ewc, ewc_formula),
     "EWC from tensors": (partial(ewc, from_tensors=True), ewc_formula),
+    "online EWC": (online_ewc, ewc_formula),
+    "synaptic intelligence": (synaptic, synaptic_formula),
+    "memory aware synapses": (mas, mas_formula),
     "L2SP from the model": (l2sp, l2sp_formula),
     "L2SP from tensors": (partial(l2sp, from_tensors=True), l2sp_formula),
     "a user's": (user_penalty, user_formula),

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +20,7 @@ from llmtune.testing.close import assert_close
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.testing.small import SmallModel, moved
+from llmtune.training.switches import recomputing
 
 ROWS = uneven_rows(4)
 CLASSES = [{**row, "labels": index % 3} for index, row in enumerate(ROWS)]
@@ -301,3 +303,86 @@ def test_padding_idx_of_an_embedding_gets_no_gradient():
     looped = per_example_gradients(model, batch, loss=PlainLoss(), method="loop")["table.weight"]
     assert_close(per_example_gradients(model, batch, loss=PlainLoss(), method="hooks")["table.weight"], looped)
     assert not looped[:, 2].any()
+
+
+class Twice(SmallModel):
+    """Calls each of its layers twice, as models do that share one layer among all depths."""
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.norm(torch.tanh(self.first(x)))
+        return self.head(x)
+
+
+class Recomputed(Twice):
+    """Keeps no activation of its layers: they run again in the backward pass."""
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Twice, Recomputed])
+def test_modules_called_twice_and_modules_run_again_in_the_backward_pass(kind):
+    """Each call adds its share, once: what runs again in the backward pass is no further call."""
+    model = moved(kind())
+    names = {n: p for n, p in model.named_parameters() if n != "scale" and "second" not in n}
+    found = per_example_gradients(model, PLAIN, loss=PlainLoss(), parameters=names, method="hooks")
+    plain = moved(Twice()).eval()
+    for index in range(3):
+        plain.zero_grad()
+        F.cross_entropy(plain(PLAIN["x"][index : index + 1]), PLAIN["labels"][index : index + 1]).backward()
+        for name in names:
+            assert_close(found[name][index], plain.get_parameter(name).grad, rtol=1e-10, what=name)
+
+
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_gradient_checkpointing_changes_nothing(method):
+    """transformers checkpoints in train mode alone, and gradients of single examples are those of eval mode."""
+    model, batch, found = tiny_gpt2().train(), collate_padded(ROWS), []
+    for switched in (False, True):
+        with recomputing(model, switched):
+            found.append(
+                per_example_gradients(model, batch, loss=causal_lm_loss, parameters=watched(model), method=method)
+            )
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_bert])
+def test_position_embeddings_have_a_gradient_for_each_example(make):
+    """Their ids are [1, T], the same for all examples, so that a plain hook sees the sum over the batch."""
+    model, batch = make(), collate_padded(ROWS)
+    loss = causal_lm_loss if make is tiny_gpt2 else masked_lm_loss
+    (name,) = [n for n, _ in model.named_parameters() if "wpe" in n or "position_embeddings" in n]
+    names = {name: model.get_parameter(name)}
+    found = per_example_gradients(model, batch, loss=loss, parameters=names, method="hooks")[name]
+    looped = per_example_gradients(model, batch, loss=loss, parameters=names, method="loop")[name]
+    assert_close(found, looped, rtol=1e-5)
+    for index, row in enumerate(ROWS):
+        length = len(row["input_ids"])
+        assert found[index, :length].any()
+        assert not found[index, length:].any()  # nothing of longer examples
+
+
+class Gaussian:
+    """Minus log N(y; w x, sigma^2), but for what does not depend on w."""
+
+    def __init__(self, sigma):
+        self.sigma = sigma
+
+    def __call__(self, model, batch):
+        return ((batch["y"] - model(batch["x"])).square() / (2 * self.sigma**2)).sum(1).mean()
+
+    def count_targets(self, batch):
+        return len(batch["y"])
+
+
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_linear_gaussian_fisher(method):
+    """F = E[x^2] / sigma^2: y at one sigma on either side of the mean has the second moment of y's distribution."""
+    model, sigma = nn.Linear(5, 1, bias=False).double(), 0.7
+    x = torch.randn(11, 5, dtype=torch.float64)
+    with torch.no_grad():
+        mean = model(x)
+    batch = {"x": torch.cat([x, x]), "y": torch.cat([mean + sigma, mean - sigma])}
+    gradients = per_example_gradients(model, batch, loss=Gaussian(sigma), method=method)["weight"]
+    assert_close(gradients.square().mean(0)[0], x.square().mean(0) / sigma**2, rtol=1e-10)

@@ -159,6 +159,25 @@ def test_penalties_come_once_a_step(tmp_path):
     assert row["loss"] > row["penalty"]
 
 
+@pytest.mark.parametrize("make", [forgetting.OnlineEWC, forgetting.MemoryAwareSynapses])
+def test_penalties_that_finish_tasks(make, tmp_path):
+    """Against the same steps written out: SGD on loss + penalty."""
+    model = in_double(tiny_llama())
+    penalty = make(0.5)
+    penalty.finish_task(model, [collate_padded(texts())])
+    wanted = in_double(tiny_llama())
+    trainer = trained(with_loss(Trainer, causal_lm_loss, penalties=[penalty]), model, texts(), tmp_path, 2, max_steps=3)
+    for step in range(3):
+        wanted.zero_grad()
+        rows = texts()[4 * step : 4 * step + 4]
+        (causal_lm_loss(wanted, collate_padded(rows)) + penalty(wanted)).backward()
+        with torch.no_grad():
+            for parameter in wanted.parameters():
+                parameter -= 0.05 * parameter.grad
+    assert off(model, wanted) < 1e-7
+    assert trainer.state.log_history[2]["penalty"] > 0
+
+
 def test_evaluation_is_the_mean_over_targets_with_and_without_metrics(tmp_path):
     rows = texts()
     rows[7] = {**rows[7], "labels": [-100] * len(rows[7]["labels"])}
