@@ -167,8 +167,8 @@ class ReferenceProjection(ChangedUpdate):
         super().__init__(optimizer, [parameter for group in groups for parameter in group["params"]])
         self.reference: Mapping[Any, Tensor | None] | None = None
 
-    def check(self) -> None:
-        """Raise ValueError where there is no reference gradient for this step, or none that fits; nothing has moved."""
+    def prepare(self) -> None:
+        """Raise ValueError where there is no reference gradient for this step, or none that fits."""
         if self.reference is None:
             raise ValueError(
                 "ReferenceProjection has no reference gradient for this step: set .reference before each, as to "
@@ -184,7 +184,7 @@ class ReferenceProjection(ChangedUpdate):
             before: what each parameter was, of its shape.
         """
         reference, self.reference = self.reference, None
-        assert reference is not None  # `check` has looked
+        assert reference is not None  # `prepare` has looked
         against: dict[Tensor, Tensor | None] = {p: wide(old) - wide(p) for p, old in before.items()}
         for parameter, kept in averaged_gem(against, reference).items():
             if kept is not None and kept is not against[parameter]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtune.errors import did_you_mean
-from llmtune.forgetting.fisher import _examples
+from llmtune.forgetting.fisher import labelled_examples
 from llmtune.forgetting.likelihood import predict
 from llmtune.gradients.per_example import undisturbed
 from llmtune.modules import check_module, unwrap
@@ -129,7 +129,7 @@ def _gradients(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the gradient of each logit that counts, float32, those of 0 left out by name."""
     for batch in batches:
-        for example in _examples(model, batch, next(iter(trained.values())).device):
+        for example in labelled_examples(model, batch, next(iter(trained.values())).device):
             predictions = predict(model, example)
             rows = predictions.logits(predictions.rows)
             if logits == "all" and example["labels"].ndim != 1:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 
 class ChangedUpdate(ABC):
-    """Hooks on a torch optimizer that correct what its steps do to some parameters; subclass it and write `after`.
+    """Hooks on a torch optimizer that correct what its steps do to some parameters.
 
-    Before each step the parameters are copied; after it `after` is given the copies, and the parameters hold what the
-    optimizer made of them: gradient, clipping, momentum, preconditioning and decoupled weight decay are all in it. The
-    copies are dropped with the step, so this costs one copy of the parameters while a step runs and nothing between.
+    Subclass it and write `prepare` and `after`. Before each step the parameters are copied; after it `after` is given
+    the copies, and the parameters hold what the optimizer made of them: gradient, clipping, momentum, preconditioning
+    and decoupled weight decay are all in it. The copies are dropped with the step, so this costs one copy of the
+    parameters while a step runs and nothing between.
 
     The optimizer stays the one that was given, and its own `step` is corrected: schedules, `GradScaler`, checkpoints,
     `TrainingLoop` and Hugging Face's `Trainer` take `.optimizer`. `step` and `zero_grad` here are its own. There is
@@ -55,9 +56,9 @@ class ChangedUpdate(ABC):
             before: what each of `parameters` was before the step, of its shape and dtype; may be written to.
         """
 
-    def check(self) -> None:
-        """Raise where a step must not be taken; called before it."""
-        return None
+    @abstractmethod
+    def prepare(self) -> None:
+        """Raise where a step must not be taken, or change gradients; called before each, nothing has moved then."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the optimizer take its step, corrected; return the closure's loss, None without one."""
@@ -93,7 +94,8 @@ class ChangedUpdate(ABC):
 
     @torch.no_grad()
     def _keep(self, *_: Any) -> None:
-        self.check()
+        with full_float32(self.parameters[0].device):
+            self.prepare()
         self._before = {parameter: parameter.detach().clone() for parameter in self.parameters}
 
     @torch.no_grad()

@@ -59,13 +59,16 @@ class JointProjection(ChangedUpdate):
     passes over that a step. See `ChangedUpdate` for schedules, `GradScaler`, `TrainingLoop` and `Trainer`;
     `UpdateProjection` is the cheaper form for subspaces of each weight's inputs.
 
-    Where we differ: OGD projects the gradient, which by Adam or weight decay protects nothing; TRACE's `OGD.py` keeps
-    one buffer under many names, so that its basis is one gradient and rounding.
+    Where we differ: OGD projects the gradient, which Adam and weight decay undo; here the update is projected, and the
+    gradient too, so that Adam's moments are those of what is followed. It is the vector of all parameters that is
+    projected, so one without a gradient can move. TRACE's `OGD.py` keeps one buffer under many names, so that its
+    basis is one gradient and rounding.
 
     Args:
         optimizer: any torch optimizer that has been made.
         directions: {parameter: [k, *shape]}, the same k for all, orthonormal as whole vectors; parameters left out
             train freely. Kept in at least float32, and not copied where they are that.
+        gradients: whether to project gradients too, in place; those that a closure makes within the step are not.
 
     Raises:
         ValueError: there are no parameters, or one is not the optimizer's or projected already; directions are empty,
@@ -88,7 +91,9 @@ class JointProjection(ChangedUpdate):
     Farajtabar et al. 2020, "Orthogonal gradient descent for continual learning", algorithm 1.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, directions: Mapping[nn.Parameter, Tensor]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, directions: Mapping[nn.Parameter, Tensor], *, gradients: bool = True
+    ) -> None:
         if not isinstance(directions, Mapping):
             raise TypeError(f"directions must be a dict {{parameter: directions}}; got a {type(directions).__name__}")
         counts = [len(given) for given in directions.values() if isinstance(given, Tensor) and given.ndim]
@@ -100,6 +105,17 @@ class JointProjection(ChangedUpdate):
         self._directions: dict[Tensor, Tensor] = {
             parameter: wide(given.detach()) for parameter, given in directions.items()
         }
+        self.gradients = gradients
+
+    def prepare(self) -> None:
+        """Project the gradients, where that is wanted; see `ChangedUpdate.prepare`."""
+        own = self._directions = {p: given.to(p.device) for p, given in self._directions.items()}
+        gradients = {p: p.grad for p in self.parameters if p.grad is not None}
+        if not self.gradients or not gradients:
+            return
+        products = joint_products(gradients, own)
+        for parameter, gradient in gradients.items():
+            gradient.copy_(_without(gradient, products, own[parameter]))
 
     def after(self, before: dict[Tensor, Tensor]) -> None:
         """Take the joint part in the directions out of the change; see `ChangedUpdate.after`.
@@ -107,7 +123,7 @@ class JointProjection(ChangedUpdate):
         Args:
             before: what each parameter was, of its shape.
         """
-        own = self._directions = {p: given.to(p.device) for p, given in self._directions.items()}
+        own = self._directions
         parts = [joint_products({p: wide(p) - old}, {p: own[p]}) for p, old in before.items()]
         products = torch.stack([part.to(parts[0].device) for part in parts]).sum(0)
         for parameter, old in before.items():
