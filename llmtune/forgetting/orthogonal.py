@@ -20,7 +20,7 @@ from llmtune.optim.update_projection import check_basis
 from llmtune.types import Batch
 
 ENERGY = 0.95
-NOISE = 1e-12  # a share of the energy below which a direction is rounding: 1e-6 of the inputs' size
+NOISE = 1e-12  # a share of the energy below which a direction is rounding of inputs: 1e-6 of their size
 
 Modules = Collection[str] | Callable[[str], bool] | None
 
@@ -35,7 +35,7 @@ def extend_basis(
 
     The s_i are the squared singular values of the matrix of inputs that the paper decomposes; C is summed over batches
     in float64, in which squaring costs no digit that float32 inputs had. Directions with less than 1e-12 of the energy
-    are rounding and are left out, so energy=1.0 gives the span of the inputs.
+    (of a float32 C 1e-6) are rounding and are left out, so energy=1.0 gives the span of the inputs.
 
     Args:
         moment: C, [in, in], symmetric.
@@ -77,7 +77,8 @@ def extend_basis(
     rest = rest - (rest @ known) @ known.T
     values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    most = min(int((values > NOISE * total).sum()), len(moment) - known.shape[1])
+    noise = max(NOISE, 10 * torch.finfo(moment.dtype).eps)
+    most = min(int((values > noise * total).sum()), len(moment) - known.shape[1])
     if rank is not None:
         count = min(rank, most)
     else:
