@@ -117,8 +117,8 @@ def moved(rate, *, protect):
 
 
 def test_to_first_order_the_logits_stay_under_adamw():
-    assert 8 < moved(1e-2, protect=False) / moved(1e-3, protect=False) < 12
-    assert 60 < moved(1e-2, protect=True) / moved(1e-3, protect=True) < 140
+    assert 9 < moved(1e-3, protect=False) / moved(1e-4, protect=False) < 11
+    assert 80 < moved(1e-3, protect=True) / moved(1e-4, protect=True) < 120
 
 
 def run(memory, folder, stop=None):
