@@ -113,7 +113,7 @@ def _sums(
     count = 0
     engine = ExampleGradients(model, tensors, method, likelihood)
     for batch in batches:
-        for _, group, tape in engine.groups(_examples(model, batch, next(iter(tensors.values())).device)):
+        for _, group, tape in engine.groups(labelled_examples(model, batch, next(iter(tensors.values())).device)):
             with tape:
                 predictions = predict(model, group, whole_logits=head_chosen and isinstance(tape, HookTape))
             for score, weights, more in passes(predictions, kind, unit, generator):
@@ -123,7 +123,7 @@ def _sums(
     return sums, count
 
 
-def _examples(model: nn.Module, batch: Any, device: torch.device) -> list[Batch]:
+def labelled_examples(model: nn.Module, batch: Any, device: torch.device) -> list[Batch]:
     """Return the examples of a batch that have a target, on the model's device."""
     if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
         batch = {INPUTS: batch[0], "labels": batch[1]}
