@@ -159,7 +159,9 @@ class TestScores:
             seen.append((task.name, model.training, torch.is_grad_enabled(), torch.rand(()).item()))
             return torch.tensor(0.25)
 
-        history = sequence(score=score).run()
+        model = tiny_gpt2().train()
+        history = sequence(model, score=score).run()
+        assert model.training
         assert history.baseline == [0.25] * 3
         assert history.scores == [[0.25] * 3] * 3
         assert [name for name, *_ in seen] == list(NAMES) * 4
@@ -240,13 +242,21 @@ class TestResume:
         sequence(alone, methods=[Interrupts()]).run()
         assert equal(weights(other), weights(alone))
 
-    def test_a_finished_sequence_is_not_run_again(self, tmp_path):
+    def test_a_finished_sequence_is_not_run_again_and_the_model_is_all_that_it_was(self, tmp_path):
+        def freeze(run):
+            run.model.lm_head.requires_grad_(False)
+
+        def flags(model):
+            return [parameter.requires_grad for parameter in model.parameters()]
+
         model = tiny_llama()
-        wanted = sequence(model, folder=tmp_path).run()
+        wanted = sequence(model, folder=tmp_path, methods=[Watches(after=freeze)]).run()
         again, other = tiny_llama(), []
-        history = sequence(again, folder=tmp_path, loop=other.append).run(resume=True)
-        assert (other, history) == ([], wanted)
+        made = sequence(again, folder=tmp_path, loop=other.append, methods=[Watches(after=freeze)])
+        assert (made.run(resume=True), other) == (wanted, [])
         assert equal(weights(again), weights(model))
+        assert flags(again) == flags(model)
+        assert flags(model).count(False) == 1
 
     def test_resume_of_nothing_starts(self, tmp_path):
         assert len(sequence(folder=tmp_path).run(resume=True).loops) == 3

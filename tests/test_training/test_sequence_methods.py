@@ -296,6 +296,9 @@ class TestHeads:
         assert not torch.equal(one["classifier.heads.task_b.weight"], two["classifier.heads.task_b.weight"])
         assert [history.scores[0][0], history.scores[1][1]] == [1.0, 1.0]
         assert model.classifier.current == "b"
+        with HeadPerTask().around_scoring(model, self.tasks(False)[0]):
+            assert model.classifier.current == "a"
+        assert model.classifier.current == "b"
         model.classifier.use("a")
         rows = self.tasks(False)[0].evaluation
         right = [int(model(torch.tensor([row["input_ids"]])).logits.argmax()) == row["labels"] for row in rows]
