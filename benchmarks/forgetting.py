@@ -35,7 +35,7 @@ from transformers.utils import logging
 from llmtune.data import collate_padded
 from llmtune.losses import classification_loss
 from llmtune.metrics import ContinualMatrix
-from llmtune.training import LoopSettings, Task, TaskSequence, TrainingLoop
+from llmtune.training import LoopSettings, Task, TaskSequence
 
 FOLDER = RESULTS / "forgetting"
 STREAMS = {"clinc150": ("clinc150", False), "known": ("clinc150", True), "five": ("five", True)}
