@@ -231,12 +231,15 @@ def _collect(
 def _neighbours(examples: Sequence[Batch]) -> list[list[int]]:
     """Return the examples' numbers in groups of neighbours, none of which is more than half padding."""
     groups: list[list[int]] = []
+    longest = total = 0  # tokens of the last group's longest example, and of all of its examples
     for index, example in enumerate(examples):
-        lengths = [_tokens(examples[other]) for other in (groups[-1] if groups else [])] + [_tokens(example)]
-        if groups and len(lengths) * max(lengths) <= 2 * sum(lengths):
+        length = _tokens(example)
+        if groups and (len(groups[-1]) + 1) * max(longest, length) <= 2 * (total + length):
             groups[-1].append(index)
+            longest, total = max(longest, length), total + length
         else:
             groups.append([index])
+            longest = total = length
     return groups
 
 
