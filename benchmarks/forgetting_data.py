@@ -1,4 +1,4 @@
-"""The streams and the model of `forgetting.py`: tasks one after another for one sentence encoder with one linear head."""
+"""The streams and the model of `forgetting.py`: tasks one after another, a sentence encoder with one linear head."""
 
 from __future__ import annotations
 

@@ -31,6 +31,7 @@ from llmtune.forgetting import (
 )
 from llmtune.losses import classification_loss, kl_divergence
 from llmtune.training import AdapterPerTask, L2SPToLast, OverTasks, Replay, Task, TaskMethod, TaskRun
+from llmtune.training.sequence_methods import adapter_name
 from llmtune.types import Batch, LossFunction
 from llmtune.weights import interpolate
 
@@ -126,7 +127,7 @@ class DarkReplay(Replay):
 
 
 class AGEM(Replay):
-    """A-GEM, on the optimizer's update or on the gradient: no mixing, the buffer's rows are what no step may go against."""
+    """A-GEM, on the optimizer's update or on the gradient: no step may go against the buffer's rows."""
 
     def __init__(self, buffer: ReplayBuffer, space: str) -> None:
         super().__init__(buffer, lambda new, old: new)
@@ -209,12 +210,16 @@ class InfLoRA(TaskMethod):
 
     def before_task(self, run: TaskRun) -> None:
         """Set A."""
-        inflora_start(run.model, run.task.name, run.batches(EXAMPLES), protected=self.protected or None)
+        inflora_start(run.model, adapter_name(run.task.name), run.batches(EXAMPLES), protected=self.protected or None)
 
     def after_task(self, run: TaskRun) -> None:
         """Protect the task's inputs."""
         self.protected = protected_inputs(
-            run.model, run.task.name, run.batches(EXAMPLES), energy=self.energy, protected=self.protected or None
+            run.model,
+            adapter_name(run.task.name),
+            run.batches(EXAMPLES),
+            energy=self.energy,
+            protected=self.protected or None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,11 +281,16 @@ def _dark(stages: Sequence[Stage], knobs: Mapping[str, Any]) -> list[TaskMethod]
     return [DarkReplay(_buffer(stages, knobs["share"]), partial(MixedBatches, ratio=knobs["ratio"]), loss)]
 
 
+def _orthogonal(stages: Sequence[Stage], knobs: Mapping[str, Any]) -> list[TaskMethod]:
+    return _over(lambda: OrthogonalGradientDescent(most=knobs["per_task"], parameters=_in_layers))
+
+
 def _adapters(*more: TaskMethod, merged: bool = False) -> list[TaskMethod]:
     return [AdapterPerTask(ADAPTER, also=HEAD, merge=merged), *more]
 
 
 LORA = 1e-3
+SHARE = {"share": 0.01}
 METHODS: dict[str, Method] = {
     "sequential": Method(lambda stages, knobs: []),
     "frozen probe": Method(lambda stages, knobs: [HeadOnly()], rate=1e-2),
@@ -292,12 +302,11 @@ METHODS: dict[str, Method] = {
     "LwF": Method(lambda stages, knobs: [LwF(stages, knobs["strength"])], settings={"strength": 1.0}),
     "replay": Method(_replay, settings={"share": 0.01, "ratio": 0.3}),
     "DER++": Method(_dark, settings={"share": 0.01, "ratio": 0.3, "alpha": 0.02, "beta": 1.0}),
-    "A-GEM, gradient": Method(lambda s, knobs: [AGEM(_buffer(s, knobs["share"]), "gradient")], settings={"share": 0.01}),
-    "A-GEM, update": Method(lambda s, knobs: [AGEM(_buffer(s, knobs["share"]), "update")], settings={"share": 0.01}),
+    "A-GEM, gradient": Method(lambda s, knobs: [AGEM(_buffer(s, knobs["share"]), "gradient")], settings=SHARE),
+    "A-GEM, update": Method(lambda s, knobs: [AGEM(_buffer(s, knobs["share"]), "update")], settings=SHARE),
     "GPM, update": Method(lambda s, knobs: _over(lambda: GradientProjectionMemory(energy=knobs["energy"])),
                           settings={"energy": 0.95}),
-    "OGD, update": Method(lambda s, knobs: _over(lambda: OrthogonalGradientDescent(most=knobs["per_task"])),
-                          settings={"per_task": 20}),
+    "OGD, update": Method(_orthogonal, settings={"per_task": 5}),
     "WiSE-FT": Method(lambda stages, knobs: [Between(knobs["alpha"])], settings={"alpha": 0.5}),
     "SeqLoRA": Method(lambda stages, knobs: [OneAdapter()], rate=LORA),
     "SLAO": Method(lambda stages, knobs: [OneAdapter(slao=True)], rate=LORA),
@@ -310,3 +319,7 @@ METHODS: dict[str, Method] = {
 
 def _in_head(name: str) -> bool:
     return name.startswith(HEAD)
+
+
+def _in_layers(name: str) -> bool:
+    return ".layer." in name

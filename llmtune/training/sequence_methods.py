@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -154,7 +155,7 @@ class AdapterPerTask(TaskMethod):
         self.config, self.merge, self.also = config, merge, tuple(also)
 
     def before_task(self, run: TaskRun) -> None:
-        """Attach the task's adapter, under the task's name.
+        """Attach the task's adapter, under the task's name (`adapter_name`).
 
         Raises:
             ValueError: `also` names what the model has not; and as `attach`.
@@ -164,7 +165,7 @@ class AdapterPerTask(TaskMethod):
         for start in self.also:
             if not any(name.startswith(start) for name in names):
                 raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
-        AdapterStack(model).start(self.config, run.task.name)
+        AdapterStack(model).start(self.config, adapter_name(run.task.name))
         for name, parameter in model.named_parameters():
             if self.also and name.startswith(self.also):
                 parameter.requires_grad_(True)
@@ -176,12 +177,17 @@ class AdapterPerTask(TaskMethod):
             ValueError: as `merge`.
         """
         if self.merge:
-            merge(run.model, run.task.name, keep_base=False)
+            merge(run.model, adapter_name(run.task.name), keep_base=False)
 
     def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
         """Attach the finished tasks' adapters, but for those that were merged."""
         for task in () if self.merge else finished:
-            AdapterStack(unwrap(model)).start(self.config, task.name)
+            AdapterStack(unwrap(model)).start(self.config, adapter_name(task.name))
+
+
+def adapter_name(task: str) -> str:
+    """Return what a task's adapter is called: the task's name, with "-" for what an adapter's name must not have."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", task)
 
 
 class OverTasks(TaskMethod):

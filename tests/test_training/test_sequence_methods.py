@@ -1,5 +1,7 @@
 """The methods of a sequence of tasks: what each gives the tasks' loops, by hand, and that it protects."""
 
+import dataclasses
+
 import pytest
 import torch
 from runs import equal, weights
@@ -13,7 +15,7 @@ from llmtune.data.collate import collate_padded
 from llmtune.forgetting.fisher import diagonal_fisher
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
-from llmtune.testing.models import tiny_llama, tiny_t5
+from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training.sequence import TaskSequence
 from llmtune.training.sequence_methods import (
     AdapterPerTask,
@@ -350,3 +352,11 @@ def test_an_encoder_decoder_goes_through_all_of_it(adapted):
     history = run(model, *methods, loss=sequence_to_sequence_loss, settings=settings(max_steps=2))
     assert [len(row) for row in history.scores] == [3, 3, 3]
     assert history.loops[2][1]["penalty"] > 0
+
+
+def test_a_task_of_any_name_gets_an_adapter():
+    model, names = tiny_gpt2(), ("my task", "über/2.1")
+    tasks = [dataclasses.replace(task, name=name) for task, name in zip(language_tasks(), names, strict=False)]
+    methods = [AdapterPerTask(LoRA(rank=2, alpha=4))]
+    TaskSequence(model, tasks, settings=settings(), collate=collate_padded, methods=methods, score=None).run()
+    assert adapter_names(model) == ["my-task", "-ber-2-1"]
