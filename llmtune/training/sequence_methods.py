@@ -187,7 +187,7 @@ class AdapterPerTask(TaskMethod):
 
 def adapter_name(task: str) -> str:
     """Return what a task's adapter is called: the task's name, with "-" for what an adapter's name must not have."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", task)
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", task).strip("-_") or "task"
 
 
 class OverTasks(TaskMethod):

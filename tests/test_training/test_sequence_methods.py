@@ -359,4 +359,4 @@ def test_a_task_of_any_name_gets_an_adapter():
     tasks = [dataclasses.replace(task, name=name) for task, name in zip(language_tasks(), names, strict=False)]
     methods = [AdapterPerTask(LoRA(rank=2, alpha=4))]
     TaskSequence(model, tasks, settings=settings(), collate=collate_padded, methods=methods, score=None).run()
-    assert adapter_names(model) == ["my-task", "-ber-2-1"]
+    assert adapter_names(model) == ["my-task", "ber-2-1"]
