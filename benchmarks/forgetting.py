@@ -2,6 +2,7 @@
 
     python benchmarks/forgetting.py --models MODELS --data DATA [--streams clinc150 five] [--methods sequential ...]
         [--orders 0 1] [--seeds 0 1 2] [--minutes 60] [--jobs 2] [--dev --with strength=100]
+    python benchmarks/forgetting.py ... --write
 
 "clinc150": CLINC150 in 10 tasks of 15 intents that share none; the task is not known when scored, so the model chooses
 among all intents. "five": TREC, SNIPS, BANKING77, CLINC150, emotion; the task is known, each has its own head. "known"
@@ -30,6 +31,7 @@ import torch
 from common import RESULTS
 from forgetting_data import Stage, make_model, stream
 from forgetting_methods import METHODS
+from forgetting_report import JOINT, write
 from transformers.utils import logging
 
 from llmtune.data import collate_padded
@@ -41,7 +43,6 @@ FOLDER = RESULTS / "forgetting"
 STREAMS = {"clinc150": ("clinc150", False), "known": ("clinc150", True), "five": ("five", True)}
 STEPS = {"clinc150": 60, "five": 100}  # a task
 SCORED = {"clinc150": 100, "five": 500}  # test rows a task
-JOINT = "joint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +137,13 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--write", action="store_true", help="print the tables and draw the plots of the runs there")
     parser.add_argument("--dev", action="store_true", help="score held-out training rows, to choose by")
     parser.add_argument("--with", dest="changes", nargs="+", default=[], help="settings in place of a method's own")
     options = parser.parse_args()
+    if options.write:
+        write(FOLDER, options.streams)
+        return 0
     if options.changes and not options.dev:
         parser.error("--with is for choosing: give --dev")
     options.folder = RESULTS / "forgetting-choice" if options.dev else FOLDER
