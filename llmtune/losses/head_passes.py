@@ -3,8 +3,10 @@
 The first goes over the rows, a chunk at a time: logits, losses, the logits' gradient in their place, and the products
 of that with hidden states and head. In half precision the head's gradient is a sum over chunks that must not be rounded
 before it is whole, and a sum in float32 takes twice the head's own memory. Where that is much, a second pass makes the
-head's gradient a block of tokens at a time, over all rows at once. It makes the logits once more, but for those of the
-chunk that the first pass still holds.
+head's gradient a block of tokens at a time, over all rows at once. Logits whose gradient nobody holds any more it makes
+once more. Held are those of the last chunk, in the chunk's own buffer, and those of the first E rows, in the memory of
+the head's gradient: [V, E] numbers have room for them until the result itself is written, and each block lies where its
+result will.
 """
 
 from __future__ import annotations
@@ -86,28 +88,36 @@ def losses_and_gradients(
     losses = hidden.new_empty(N, dtype=rows.wide)
     sums = torch.empty_like(losses) if rows.has_sums else None
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
-    summed = wanted[1] and not by_columns
-    d_weight = torch.empty_like(weight, dtype=weight.dtype if rows.one_chunk else rows.wide) if summed else None
+    second = by_columns and wanted[1]
+    narrow = rows.one_chunk or second
+    d_weight = torch.empty_like(weight, dtype=weight.dtype if narrow else rows.wide) if wanted[1] else None
     d_bias = hidden.new_zeros(V, dtype=rows.wide) if wanted[2] else None
     logits = hidden.new_empty(min(rows.chunk_rows, N), V)
-    starts = range(0, N, rows.chunk_rows)
-    for start in (
-        reversed(starts) if by_columns else starts
-    ):  # the first chunk is full: it is what the second pass keeps
-        h = hidden[start : start + rows.chunk_rows]
+    for chunk in _chunks(N, rows.chunk_rows, full_last=second):
+        h = hidden[chunk]
         z = logits_into(logits[: len(h)], h, weight)
-        _turn_into_gradient(rows, z, start, losses, sums, any(wanted), d_bias, row_factors)
-        if d_weight is not None:
-            add_head_gradient(d_weight, z, h, rows.factor, first=start == 0)
+        _turn_into_gradient(rows, z, chunk.start, losses, sums, any(wanted), d_bias, row_factors)
         if d_hidden is not None:
-            gradient_into(d_hidden[start : start + len(h)], z, weight, rows.factor)
+            gradient_into(d_hidden[chunk], z, weight, rows.factor)
+        if d_weight is not None and not second:
+            add_head_gradient(d_weight, z, h, rows.factor, first=chunk.start == 0)
+        elif d_weight is not None and chunk.stop < N:
+            _hold(rows, d_weight, z, chunk.start)
     if d_weight is not None and N == 0:
         d_weight.zero_()
-    if sums is not None and by_columns and wanted[1]:
-        d_weight = head_gradient(rows, sums, kept=logits)
+    if d_weight is not None and sums is not None and second:
+        d_weight = head_gradient(rows, sums, held=(d_weight, logits))
     elif d_weight is not None and weight.dtype != torch.float16:
         d_weight = d_weight.to(weight.dtype)
     return losses, sums, (d_hidden, d_weight, None if d_bias is None or bias is None else d_bias.to(bias.dtype))
+
+
+def _chunks(count: int, size: int, *, full_last: bool) -> list[slice]:
+    """Return slices of at most `size` rows; if asked, the last is full and the others are of like sizes."""
+    whole = count - size if full_last else count
+    step = -(-whole // -(-whole // size)) if full_last else size
+    starts = list(range(0, whole, step))
+    return [slice(a, min(a + step, whole)) for a in starts] + ([slice(whole, count)] if full_last else [])
 
 
 def _turn_into_gradient(
@@ -145,7 +155,7 @@ def head_gradient(
     rows: HeadRows,
     sums: Tensor,
     *,
-    kept: Tensor | None = None,
+    held: tuple[Tensor, Tensor] | None = None,
     row_factors: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> Tensor:
@@ -154,24 +164,29 @@ def head_gradient(
     Args:
         rows: as the first pass took them.
         sums: [N], each row's log sum exp, from the first pass.
-        kept: [n, V], the gradients of the first n rows' logits, where they are there already.
+        held: gradients of logits that are there already, or None: (those of the first E rows, in the memory [V, E] of
+            the result, as `_hold` laid them; those of the last rows [n, V]).
         row_factors: [N], or None: a factor for each row's loss.
         scale: a scalar, or None: one more factor, taken in before the gradient is rounded.
     """
-    hidden, weight = rows.hidden, rows.weight
-    N, V = len(hidden), len(weight)
-    d_weight = torch.empty_like(weight)
-    most = min(N, FLOAT16_ROWS_AT_ONCE if hidden.dtype == torch.float16 else ROWS_AT_ONCE)
-    budget = BLOCK_BYTES.get(weight.device.type, BLOCK_BYTES_ELSEWHERE)
-    width = min(V, max(64, budget // (most * weight.element_size()) // 64 * 64))
-    buffer, nothing = hidden.new_empty(most * width), hidden.new_zeros(1, 1)
-    for start in range(0, V, width):
-        columns = slice(start, min(start + width, V))
+    hidden, N = rows.hidden, len(rows.hidden)
+    d_weight, last = (torch.empty_like(rows.weight), hidden[:0]) if held is None else held
+    first_known = 0 if held is None else min(hidden.shape[1], N - len(last))
+    nothing = hidden.new_zeros(1, 1)
+    most, blocks = _blocks(rows)
+    buffer = hidden.new_empty(most * (blocks[0].stop - blocks[0].start))
+    for columns in blocks:
         out, total = d_weight[columns], None
-        for first in range(0, N, most):
-            here = slice(first, min(first + most, N))
-            z = buffer[: (here.stop - first) * len(out)].view(-1, len(out))
-            _columns_gradient(rows, z, here, columns, sums, kept, row_factors)
+        for start in range(0, N, most):
+            here = slice(start, min(start + most, N))
+            z = buffer[: (here.stop - start) * len(out)].view(-1, len(out))
+            left = max(start, min(here.stop, first_known)), max(start, min(here.stop, N - len(last)))
+            if start < first_known:
+                z[: left[0] - start] = out.view(-1, len(out))[start : left[0]]
+            if left[1] < here.stop:
+                z[left[1] - start :] = last[left[1] - N + len(last) : here.stop - N + len(last), columns]
+            if left[0] < left[1]:
+                _columns_gradient(rows, z[left[0] - start : left[1] - start], left[0], columns, sums, row_factors)
             if most == N and scale is None:
                 torch.addmm(nothing, z.T, hidden, beta=0, alpha=rows.factor, out=out)
                 continue
@@ -182,34 +197,40 @@ def head_gradient(
     return d_weight
 
 
+def _hold(rows: HeadRows, d_weight: Tensor, gradients: Tensor, start: int) -> None:
+    """Lay gradients [n, V] of the logits from row `start` on into the memory of `d_weight` [V, E], where they fit."""
+    room = max(0, min(len(gradients), d_weight.shape[1] - start))
+    for columns in _blocks(rows)[1] if room else []:
+        block = d_weight[columns]
+        block.view(-1, len(block))[start : start + room] = gradients[:room, columns]
+
+
+def _blocks(rows: HeadRows) -> tuple[int, list[slice]]:
+    """Return how many rows the second pass multiplies at once, and the blocks of tokens that it takes in turn."""
+    V, most = len(rows.weight), FLOAT16_ROWS_AT_ONCE if rows.hidden.dtype == torch.float16 else ROWS_AT_ONCE
+    most = min(len(rows.hidden), most)
+    budget = BLOCK_BYTES.get(rows.weight.device.type, BLOCK_BYTES_ELSEWHERE)
+    width = min(V, max(64, budget // (most * rows.weight.element_size()) // 64 * 64))
+    return most, [slice(start, min(start + width, V)) for start in range(0, V, width)]
+
+
 def _columns_gradient(
-    rows: HeadRows,
-    z: Tensor,
-    here: slice,
-    columns: slice,
-    sums: Tensor,
-    kept: Tensor | None,
-    row_factors: Tensor | None,
+    rows: HeadRows, z: Tensor, start: int, columns: slice, sums: Tensor, row_factors: Tensor | None
 ) -> None:
-    """Write into z [n, c] the gradient of some rows' losses by some of their logits."""
+    """Write into z [n, c] the gradient of the losses of n rows, from `start` on, by some of their logits."""
     assert isinstance(rows.loss, ColumnLoss)
-    known = 0 if kept is None else min(len(z), max(0, len(kept) - here.start))
-    if kept is not None and known:
-        z[:known] = kept[here.start : here.start + known, columns]
-    if known == len(z):
-        return
-    logits_into(z[known:], rows.hidden[here.start + known : here.stop], rows.weight[columns])
-    step = _rows_at_once(rows, z[known:])
+    logits_into(z, rows.hidden[start : start + len(z)], rows.weight[columns])
+    step = _rows_at_once(rows, z)
     scratch = z.new_empty(step, z.shape[1], dtype=rows.wide)
-    for first in range(known, len(z), step):
+    for first in range(0, len(z), step):
         part = z[first : first + step]
-        own = slice(here.start + first, here.start + first + len(part))
+        here = slice(start + first, start + first + len(part))
         g = scratch[: len(part)].copy_(part)
         if rows.bias is not None:
             g += rows.bias[columns]
-        rows.loss.columns_in_place(g, own, columns, len(rows.weight), rows.tensors, sums)
+        rows.loss.columns_in_place(g, here, columns, len(rows.weight), rows.tensors, sums)
         if row_factors is not None:
-            g *= row_factors[own, None]
+            g *= row_factors[here, None]
         part.copy_(g)
 
 
