@@ -19,7 +19,8 @@ from llmtune.losses.row_loss import RowLoss
 
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
-OWN_CHUNK_BYTES = 44 * 2**20  # on a CPU, of logits in their own type; the rest of the 64 MB is for what stands beside
+OWN_CHUNK_BYTES = 32 * 2**20  # on a CPU, of logits in their own type; the rest of the 64 MB is for what stands beside
+HALF_CHUNK_BYTES = 44 * 2**20  # the same in half precision, where less stands beside
 FEWEST_ROWS = 64  # every chunk reads the whole head: it must be worth its while
 FLOAT16_FACTOR = 2.0**-5  # neither makes large gradients infinite nor small ones 0, as 1 / N would
 
@@ -81,7 +82,8 @@ def _own_chunk_rows(weight: Tensor, loss: RowLoss) -> int:
     if weight.device.type != "cpu" or not loss.takes_few_rows:
         return default_chunk_rows(weight, loss.buffers)
     # only the logits are of the chunk's size, in their own type; the rest is for what is worked on in the cache
-    return max(FEWEST_ROWS, OWN_CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+    budget = HALF_CHUNK_BYTES if weight.element_size() < 4 else OWN_CHUNK_BYTES
+    return max(FEWEST_ROWS, budget // (weight.shape[0] * weight.element_size()))
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -89,8 +89,8 @@ def losses_and_gradients(
     sums = torch.empty_like(losses) if rows.has_sums else None
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     second = by_columns and wanted[1]
-    narrow = rows.one_chunk or second
-    d_weight = torch.empty_like(weight, dtype=weight.dtype if narrow else rows.wide) if wanted[1] else None
+    kind = weight.dtype if rows.one_chunk or second else rows.wide
+    d_weight = weight.new_empty(weight.shape, dtype=kind) if wanted[1] else None  # in one piece, as weight may not be
     d_bias = hidden.new_zeros(V, dtype=rows.wide) if wanted[2] else None
     logits = hidden.new_empty(min(rows.chunk_rows, N), V)
     for chunk in _chunks(N, rows.chunk_rows, full_last=second):
@@ -170,7 +170,7 @@ def head_gradient(
         scale: a scalar, or None: one more factor, taken in before the gradient is rounded.
     """
     hidden, N = rows.hidden, len(rows.hidden)
-    d_weight, last = (torch.empty_like(rows.weight), hidden[:0]) if held is None else held
+    d_weight, last = (rows.weight.new_empty(rows.weight.shape), hidden[:0]) if held is None else held
     first_known = 0 if held is None else min(hidden.shape[1], N - len(last))
     nothing = hidden.new_zeros(1, 1)
     most, blocks = _blocks(rows)

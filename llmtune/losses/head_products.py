@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 FEW = 1024  # rows of the head's gradient at a time
-PIECE_BYTES = 8 * 2**20  # oneDNN makes its result itself: pieces this small come out of memory that is used again
+FEWEST_FOR_ONEDNN = 32  # with fewer rows of logits torch's own product makes the head's gradient as fast
+PIECE_BYTES = 4 * 2**20  # oneDNN makes its result itself: pieces this small come out of memory that is used again
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def add_head_gradient(d_weight: Tensor, gradient: Tensor, hidden: Tensor, factor
         factor: a number.
         first: whether `d_weight` holds nothing yet.
     """
-    linear = _onednn_linear(gradient)
+    linear = _onednn_linear(gradient) if len(gradient) >= FEWEST_FOR_ONEDNN else None
     if linear is None and gradient.dtype == d_weight.dtype:
         torch.addmm(d_weight, gradient.T, hidden, beta=0 if first else 1, alpha=factor, out=d_weight)
         return

@@ -136,6 +136,15 @@ def test_it_gives_the_gradients_of_the_float32_sum(
         assert (got.double() - want.double()).norm() < 5e-3 * want.double().norm()
 
 
+def test_a_weight_that_lies_across_memory(second_pass: None) -> None:
+    hidden, weight, _, targets = inputs(torch.bfloat16)
+    across = weight.detach().T.contiguous().T.requires_grad_()
+    grads = [
+        torch.autograd.grad(linear_cross_entropy(hidden, w, targets, chunk_rows=23), w)[0] for w in (weight, across)
+    ]
+    assert (grads[0].double() - grads[1].double()).norm() < 1e-2 * grads[0].double().norm()
+
+
 def test_second_derivatives_pass_it_by(second_pass: None) -> None:
     hidden, weight, _, targets = inputs(torch.bfloat16)
     seconds = []
