@@ -8,49 +8,21 @@ scales them.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtune.losses.head_products import add_head_gradient, gradient_into, logits_into
+from llmtune.losses.head_passes import HeadRows, head_gradient, losses_and_gradients
+from llmtune.losses.row_loss import RowLoss
 
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
+OWN_CHUNK_BYTES = 32 * 2**20  # on a CPU, of logits in their own type; the rest of the 64 MB is for what stands beside
+HALF_CHUNK_BYTES = 44 * 2**20  # the same in half precision, where less stands beside
 FEWEST_ROWS = 64  # every chunk reads the whole head: it must be worth its while
 FLOAT16_FACTOR = 2.0**-5  # neither makes large gradients infinite nor small ones 0, as 1 / N would
-CACHE_BYTES = 2**20  # a CPU works through a chunk this much at a time, so that a row is read from memory once
-
-
-class RowLoss(Protocol):
-    """A loss that is a sum over rows of logits.
-
-    Attributes:
-        buffers: how many [rows, V] tensors, the logits among them, `in_place` holds at once.
-        takes_few_rows: whether a few rows cost no more than their share of many: nothing is multiplied by a head.
-    """
-
-    @property
-    def buffers(self) -> int: ...
-
-    @property
-    def takes_few_rows(self) -> bool: ...
-
-    def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
-        """Return the losses [n] of logits z [n, V]; if asked, turn z in place into each row's gradient by its logits.
-
-        Args:
-            z: [n, V] logits W h + b in float32 or float64, to be overwritten.
-            rows: which rows of all these are.
-            tensors: what the loss needs beside the logits, for all rows.
-            gradients: whether z must hold the gradient afterwards.
-        """
-        ...
-
-    def plain(self, z: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
-        """Return the losses [N] of all logits z [N, V] by the plain formula, differentiable any number of times."""
-        ...
 
 
 def linear_row_loss(
@@ -110,7 +82,8 @@ def _own_chunk_rows(weight: Tensor, loss: RowLoss) -> int:
     if weight.device.type != "cpu" or not loss.takes_few_rows:
         return default_chunk_rows(weight, loss.buffers)
     # only the logits are of the chunk's size, in their own type; the rest is for what is worked on in the cache
-    return max(FEWEST_ROWS, CHUNK_BYTES["cpu"] * 7 // 16 // (weight.shape[0] * weight.element_size()))
+    budget = HALF_CHUNK_BYTES if weight.element_size() < 4 else OWN_CHUNK_BYTES
+    return max(FEWEST_ROWS, budget // (weight.shape[0] * weight.element_size()))
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -127,7 +100,7 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _LinearRowLoss(torch.autograd.Function):
-    """(loss, d hidden, d weight, d bias) of the head; see the module's docstring."""
+    """(loss, d hidden, d weight, d bias, log sum exp of each row) of the head; see the module's docstring."""
 
     @staticmethod
     def forward(
@@ -140,18 +113,17 @@ class _LinearRowLoss(torch.autograd.Function):
         chunk_rows: int,
         wanted: tuple[bool, bool, bool],
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        if per_row:  # the head's gradient must wait for the rows' factors
-            wanted = (wanted[0], False, False)
-        losses, grads = _run_chunks(hidden, weight, bias, loss, tensors, chunk_rows, wanted, factor=factor)
-        return (factor * (losses if per_row else losses.sum()), *grads)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        rows = HeadRows(hidden, weight, bias, loss, tensors, chunk_rows, factor)
+        losses, sums, made = losses_and_gradients(rows, _made_at_once(rows, per_row, wanted))
+        return (factor * (losses if per_row else losses.sum()), *made, sums)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         hidden, weight, bias, ctx.loss, ctx.per_row, ctx.factor, ctx.chunk_rows = inputs[:7]
-        ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
+        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
         ctx.set_materialize_grads(False)
-        ctx.made = output[1:]
+        ctx.made, ctx.sums = output[1:4], output[4]
         ctx.save_for_backward(hidden, weight, bias, *inputs[8:])
 
     @staticmethod
@@ -163,86 +135,28 @@ class _LinearRowLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # a second derivative is asked for: only the plain formula has one
             return (*_plain_gradients(hidden, weight, bias, ctx.loss, tuple(tensors), ctx.factor * grad, needs), *rest)
-
-        def again(wanted: tuple[bool, bool, bool], row_factors: Tensor | None = None) -> tuple[Tensor | None, ...]:
-            return _run_chunks(
-                hidden, weight, bias, ctx.loss, tuple(tensors), ctx.chunk_rows, wanted, factor=ctx.factor,
-                row_factors=row_factors,
-            )[1]  # fmt: skip
-
+        rows = HeadRows(hidden, weight, bias, ctx.loss, tuple(tensors), ctx.chunk_rows, ctx.factor)
         made, ctx.made = ctx.made, None  # given away, so that they need no copy; asked for once more, made once more
         if made is None:
-            made = again((needs[0], needs[1] and not ctx.per_row, needs[2] and not ctx.per_row))
-        if ctx.per_row and (needs[1] or needs[2]):
-            made = (made[0], *again((False, needs[1], needs[2]), grad)[1:])
-        if ctx.per_row:
-            return (_scaled(made[0], grad[:, None]), *made[1:], *rest)
-        return (*(_scaled(gradient, grad) for gradient in made), *rest)
+            made = losses_and_gradients(rows, _made_at_once(rows, ctx.per_row, needs))[2]
+        if not ctx.per_row:
+            d_hidden, d_weight, d_bias = (None if gradient is None else gradient.mul_(grad) for gradient in made)
+            if needs[1] and rows.waits:
+                d_weight = head_gradient(rows, ctx.sums, scale=grad)
+            return (d_hidden, d_weight, d_bias, *rest)
+        d_hidden, d_weight, d_bias = (None if made[0] is None else made[0].mul_(grad[:, None])), None, None
+        if needs[1] and rows.by_columns:
+            d_weight = head_gradient(rows, ctx.sums, row_factors=grad)
+        left = (False, needs[1] and d_weight is None, needs[2])
+        if any(left):
+            _, again, d_bias = losses_and_gradients(rows, left, grad)[2]
+            d_weight = again if d_weight is None else d_weight
+        return (d_hidden, d_weight, d_bias, *rest)
 
 
-def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.mul_(factor)
-
-
-def _run_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    loss: RowLoss,
-    tensors: tuple[Tensor | None, ...],
-    chunk_rows: int,
-    wanted: tuple[bool, bool, bool],
-    *,
-    factor: float,
-    row_factors: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Return the rows' losses [N] and the wanted gradients of their sum times `factor` and, if given, `row_factors`.
-
-    A float16 head's gradient comes in float32: only what the backward pass multiplies it by brings it into range.
-    """
-    N, V = len(hidden), len(weight)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    losses = hidden.new_empty(N, dtype=wide)
-    d_hidden = torch.empty_like(hidden) if wanted[0] else None
-    d_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else None
-    d_bias = hidden.new_zeros(V, dtype=wide) if wanted[2] else None
-    logits = hidden.new_empty(min(chunk_rows, N), V)
-    step = _rows_at_once(loss, logits, wide)
-    scratch = None if hidden.dtype == wide else hidden.new_empty(step, V, dtype=wide)
-    for start in range(0, N, chunk_rows):
-        h = hidden[start : start + chunk_rows]
-        z = logits_into(logits[: len(h)], h, weight)
-        for first in range(0, len(h), step):
-            part = z[first : first + step]
-            rows = slice(start + first, start + first + len(part))
-            g = part if scratch is None else scratch[: len(part)].copy_(part)
-            if bias is not None:
-                g += bias
-            losses[rows] = loss.in_place(g, rows, tensors, any(wanted))
-            if row_factors is not None:
-                g *= row_factors[rows, None]
-            if d_bias is not None:
-                d_bias.add_(g.sum(0), alpha=factor)
-            if scratch is not None and (wanted[0] or wanted[1]):
-                part.copy_(g)
-        if d_weight is not None:
-            add_head_gradient(d_weight, z, h, factor, first=start == 0)
-        if d_hidden is not None:
-            gradient_into(d_hidden[start : start + len(h)], z, weight, factor)
-    if d_weight is not None and N == 0:
-        d_weight.zero_()
-    return losses, (
-        d_hidden,
-        d_weight if d_weight is None or weight.dtype == torch.float16 else d_weight.to(weight.dtype),
-        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-    )
-
-
-def _rows_at_once(loss: RowLoss, logits: Tensor, wide: torch.dtype) -> int:
-    """Return how many of a chunk's rows the loss gets at once."""
-    if logits.device.type != "cpu" or not loss.takes_few_rows:
-        return max(1, len(logits))
-    return min(max(1, CACHE_BYTES // (logits.shape[1] * wide.itemsize)), max(1, len(logits)))
+def _made_at_once(rows: HeadRows, per_row: bool, wanted: tuple[bool, bool, bool]) -> tuple[bool, bool, bool]:
+    """Return which gradients need not wait for the factors that the backward pass brings."""
+    return wanted[0], wanted[1] and not per_row and not rows.waits, wanted[2] and not per_row
 
 
 def _plain_gradients(

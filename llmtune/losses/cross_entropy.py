@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import linear_row_loss
 from llmtune.losses.rows import Reduction, check_reduction, labelled_rows, reduced
+
+LOG2_E = math.log2(math.e)
 
 
 def linear_cross_entropy(
@@ -115,31 +118,72 @@ class CrossEntropy:
 
     def in_place(self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool) -> Tensor:
         """Return the losses [n] and turn the logits z [n, V] into their gradient; see `RowLoss`."""
+        return self._in_place(z, rows, tensors, gradients, torch.exp_)[0]
+
+    def in_place_and_sums(
+        self, z: Tensor, rows: slice, tensors: tuple[Tensor | None, ...], gradients: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return also each row's log sum exp [n]; see `ColumnLoss`."""
+        return self._in_place(z, rows, tensors, gradients, _fast_exp_)
+
+    def _in_place(
+        self,
+        z: Tensor,
+        rows: slice,
+        tensors: tuple[Tensor | None, ...],
+        gradients: bool,
+        exp_: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
         (targets,) = tensors
         assert targets is not None
-        index, smooth, slope = targets[rows, None].long(), self.label_smoothing, None
+        index, smooth = targets[rows, None].long(), self.label_smoothing
+        slope = self._finish(z, gradients)
+        target_logit = z.gather(1, index).squeeze(1)
+        mean_logit = z.mean(1) if smooth else 0.0
+        highest = z.amax(1, keepdim=True)
+        total = exp_(z.sub_(highest)).sum(1)
+        lse = total.log() + highest.squeeze(1)
+        loss = lse - (1 - smooth) * target_logit - smooth * mean_logit + self.z_loss * lse.square()
+        if gradients:
+            z *= ((1 + 2 * self.z_loss * lse) / total)[:, None]
+            z.scatter_add_(1, index, z.new_full(index.shape, smooth - 1))
+            self._gradient_before_finish(z, slope, z.shape[1])
+        return loss, lse
+
+    def columns_in_place(
+        self, z: Tensor, rows: slice, columns: slice, classes: int, tensors: tuple[Tensor | None, ...], sums: Tensor
+    ) -> None:
+        """Turn some tokens' logits z [n, c] into their gradient; see `ColumnLoss`."""
+        (targets,) = tensors
+        assert targets is not None
+        slope, lse = self._finish(z, True), sums[rows, None]
+        _fast_exp_(z.sub_(lse))
+        if self.z_loss:
+            z *= 1 + 2 * self.z_loss * lse
+        index = targets[rows, None].long() - columns.start
+        here = (index >= 0) & (index < z.shape[1])
+        z.scatter_add_(1, index * here, (self.label_smoothing - 1) * here.to(z.dtype))
+        self._gradient_before_finish(z, slope, classes)
+
+    def _finish(self, z: Tensor, gradients: bool) -> Tensor | None:
+        """Scale and cap the logits in place; return the soft cap's slope for a gradient, or None."""
+        slope = None
         if self.logit_scale != 1.0:
             z *= self.logit_scale
         if self.softcap is not None:
             z.div_(self.softcap).tanh_()
             slope = 1 - z.square() if gradients else None
             z *= self.softcap
-        target_logit = z.gather(1, index).squeeze(1)
-        mean_logit = z.mean(1) if smooth else 0.0
-        highest = z.amax(1, keepdim=True)
-        total = z.sub_(highest).exp_().sum(1)
-        lse = total.log() + highest.squeeze(1)
-        loss = lse - (1 - smooth) * target_logit - smooth * mean_logit + self.z_loss * lse.square()
-        if gradients:
-            z *= ((1 + 2 * self.z_loss * lse) / total)[:, None]
-            z.scatter_add_(1, index, z.new_full(index.shape, smooth - 1))
-            if smooth:
-                z -= smooth / z.shape[1]
-            if slope is not None:
-                z *= slope
-            if self.logit_scale != 1.0:
-                z *= self.logit_scale
-        return loss
+        return slope
+
+    def _gradient_before_finish(self, z: Tensor, slope: Tensor | None, classes: int) -> None:
+        """Turn p - target in z into the gradient by the logits as the head gave them, in place."""
+        if self.label_smoothing:
+            z -= self.label_smoothing / classes
+        if slope is not None:
+            z *= slope
+        if self.logit_scale != 1.0:
+            z *= self.logit_scale
 
     def plain(self, z: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
         """Return the losses [N] of logits z [N, V] by torch's own functions; see `RowLoss`."""
@@ -148,6 +192,11 @@ class CrossEntropy:
         z = scaled_and_capped(z, self.logit_scale, self.softcap)
         loss = F.cross_entropy(z, targets.long(), reduction="none", label_smoothing=self.label_smoothing)
         return loss + self.z_loss * z.logsumexp(-1).square() if self.z_loss else loss
+
+
+def _fast_exp_(z: Tensor) -> Tensor:
+    """Turn z in place into exp(z), to 1e-7 of it and |z| times 6e-8. On a CPU exp2 takes a quarter of exp's time."""
+    return z.mul_(LOG2_E).exp2_()
 
 
 def scaled_and_capped(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FEW = 512  # rows of the head's gradient at a time
-PIECE_BYTES = 8 * 2**20  # oneDNN makes its result itself: pieces this small come out of memory that is used again
+FEW = 1024  # rows of the head's gradient at a time
+FEWEST_FOR_ONEDNN = 32  # with fewer rows of logits torch's own product makes the head's gradient as fast
+PIECE_BYTES = 4 * 2**20  # oneDNN makes its result itself: pieces this small come out of memory that is used again
 
 
 def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def add_head_gradient(d_weight: Tensor, gradient: Tensor, hidden: Tensor, factor
         factor: a number.
         first: whether `d_weight` holds nothing yet.
     """
-    linear = _onednn_linear(gradient)
+    linear = _onednn_linear(gradient) if len(gradient) >= FEWEST_FOR_ONEDNN else None
     if linear is None and gradient.dtype == d_weight.dtype:
         torch.addmm(d_weight, gradient.T, hidden, beta=0 if first else 1, alpha=factor, out=d_weight)
         return
@@ -67,11 +68,11 @@ def add_head_gradient(d_weight: Tensor, gradient: Tensor, hidden: Tensor, factor
     else:
         step, scaled = FEW, (hidden * factor).T
     for start in range(0, len(d_weight), step):  # a piece is in the cache still when it is added
-        columns, here = gradient[:, start : start + step].T, slice(start, start + step)
+        columns, here = gradient[:, start : start + step], slice(start, start + step)
         if linear is None:
-            product = torch.addmm(nothing, columns, hidden, beta=0, alpha=factor)
-        else:
-            product = linear(columns, scaled, None, "none", [], "")
+            product = torch.addmm(nothing, columns.T, hidden, beta=0, alpha=factor)
+        else:  # oneDNN wants rows: torch turns a whole tensor faster than a part of one
+            product = linear(columns.contiguous().T, scaled, None, "none", [], "")
         if first:
             d_weight[here] = product
         else:

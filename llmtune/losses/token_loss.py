@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtune.losses.chunked import RowLoss, at_least_float32, default_chunk_rows, linear_row_loss
+from llmtune.losses.chunked import at_least_float32, default_chunk_rows, linear_row_loss
 from llmtune.losses.cross_entropy import CrossEntropy
 from llmtune.losses.head import Head
+from llmtune.losses.row_loss import RowLoss
 from llmtune.losses.rows import Reduction, check_reduction, is_integer, labelled_rows, reduced
 from llmtune.modules import unwrap
 from llmtune.types import Batch

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmtune.losses import head_passes
 from llmtune.losses.chunked import default_chunk_rows
 from llmtune.losses.cross_entropy import linear_cross_entropy
 from llmtune.testing.close import assert_close
@@ -301,8 +302,12 @@ def test_targets_in_a_narrow_type_do_not_wrap_around(ignored: int) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_loss_scaler_keeps_small_float16_gradients(reduction: str) -> None:
+@pytest.mark.parametrize("sum_bytes", [0, 2**30])
+def test_a_loss_scaler_keeps_small_float16_gradients(
+    reduction: str, sum_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without the scale they are below what float16 holds, as they are where a model is already sure."""
+    monkeypatch.setattr(head_passes, "SUM_BYTES", {"cpu": sum_bytes})
     generator = torch.Generator().manual_seed(0)
     rows = 1021
     targets = torch.randint(53, (rows,), generator=generator)
@@ -323,18 +328,22 @@ def test_a_loss_scaler_keeps_small_float16_gradients(reduction: str) -> None:
         assert (got - want).norm() < 5e-3 * want.norm()
 
 
-def test_a_float16_head_takes_a_large_sum() -> None:
+@pytest.mark.parametrize("sum_bytes", [0, 2**30])
+def test_a_float16_head_takes_a_large_sum(sum_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum's own gradient is beyond float16; times 1 / N, as it comes from outside, it is not."""
+    monkeypatch.setattr(head_passes, "SUM_BYTES", {"cpu": sum_bytes})
     rows = 4001
     hidden = torch.full((rows, 2), 40.0).half()
     weight = torch.zeros(3, 2).half().requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, torch.zeros(rows).long(), reduction="sum")
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(rows).long(), reduction="sum", chunk_rows=512)
     (grad,) = torch.autograd.grad(loss / rows, weight)
     assert_close(grad.double(), torch.tensor([[-2.0], [1.0], [1.0]]).double().expand(3, 2) * 40 / 3, rtol=1e-3)
 
 
-def test_a_float16_head_takes_large_factors_of_rows() -> None:
+@pytest.mark.parametrize("sum_bytes", [0, 2**30])
+def test_a_float16_head_takes_large_factors_of_rows(sum_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss scaler's 4096 on every row is within float16, and must not be made larger on the way."""
+    monkeypatch.setattr(head_passes, "SUM_BYTES", {"cpu": sum_bytes})
     hidden, weight, _, targets = inputs(torch.float16)
     loss = linear_cross_entropy(hidden, weight, targets, reduction="none", chunk_rows=5)
     grads = torch.autograd.grad((loss * 4096).sum(), (hidden, weight))

@@ -23,8 +23,10 @@ def off(got, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("fewest", [1, N + 1])
 @pytest.mark.parametrize("piece", [1, 4 * N * 101, 8 * 2**20])
-def test_products_are_those_of_float64(dtype, onednn, piece, monkeypatch):
+def test_products_are_those_of_float64(dtype, onednn, piece, fewest, monkeypatch):
+    monkeypatch.setattr(products, "FEWEST_FOR_ONEDNN", fewest)
     if not onednn:
         monkeypatch.setattr(products, "_onednn_linear", lambda rows: None)
     monkeypatch.setattr(products, "PIECE_BYTES", piece)
