@@ -213,6 +213,25 @@ def test_micro_batches_change_nothing():
         assert float((value - paths[1][name]).abs().max()) <= 1e-3 * largest, name
 
 
+def test_under_fp16_a_frozen_weights_gradient_is_unscaled_too():
+    """It is none of the optimizer's, so `GradScaler.unscale_` does not know it; nor does it see that it overflowed."""
+    model, paths = lora(tiny_gpt2(), ["c_attn"]), {}
+    for precision in ("float32", "fp16"):
+        penalty = SynapticIntelligence(1.0)
+        fitted(copy.deepcopy(model), penalty, ROWS, causal_lm_loss, precision=precision, steps=2)
+        paths[precision] = torch.stack([path.sum() for path in penalty.path.values()])
+    assert_close(paths["fp16"], paths["float32"], rtol=0.02)
+
+    penalty, factors = SynapticIntelligence(1.0), [torch.inf]
+    frozen = next(p for p in model.parameters() if not p.requires_grad and p.ndim == 2 and p.shape[1] == 3 * p.shape[0])
+    frozen.requires_grad_(True).register_hook(lambda gradient: gradient * (factors.pop() if factors else 1.0))
+    frozen.requires_grad_(False)
+    loop = fitted(model, penalty, ROWS, causal_lm_loss, precision="fp16", steps=3)
+    assert [row["overflow"] for row in loop.history] == [1, 0, 0]
+    assert penalty.steps == 2
+    assert all(bool(path.isfinite().all()) for path in penalty.path.values())
+
+
 CASES = {
     "bert": (lambda: tiny_bert(labels=3), CLASSES, classification_loss, ["query"]),
     "gpt2": (tiny_gpt2, ROWS, causal_lm_loss, ["c_attn"]),
