@@ -49,7 +49,7 @@ def unscale(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.am
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
     for gradient in map(_local, others):
         gradient.div_(scaler.get_scale())
-        for device, overflow in found.items():
+        for overflow in found.values():
             overflow += (~gradient.isfinite().all()).to(overflow)
     return ~gradient_norm(model).isfinite()
 

@@ -71,6 +71,19 @@ def test_what_has_no_gradient_counts_as_zero():
     assert averaged_gem({"a": torch.ones(2)}, {"a": torch.zeros(2)})["a"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-22, 1e-18, 1e22])
+def test_the_size_of_the_reference_changes_nothing(size):
+    """The square of what well learned examples leave vanishes in float32, and of 1e22 it overflows."""
+    reference = vectors(50, torch.float32)
+    gradient = against(vectors(0, torch.float32), reference)
+    plain, found = (
+        averaged_gem(gradient, reference),
+        averaged_gem(gradient, {k: r * size for k, r in reference.items()}),
+    )
+    for key in gradient:
+        torch.testing.assert_close(found[key], plain[key], rtol=1e-5, atol=1e-6)
+
+
 def test_low_precision_gradients_are_computed_in_float32():
     reference = vectors(50, torch.float32)
     gradient = {key: value.bfloat16() for key, value in against(vectors(0, torch.float32), reference).items()}
