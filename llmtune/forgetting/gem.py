@@ -221,7 +221,7 @@ class AveragedGEM(Callback):
             raise TypeError(f"memory must be a function that gives the batches for a step; got {memory!r:.60}")
         if space not in get_args(Space):
             raise ValueError(f'space must be "update" or "gradient"; got {space!r}')
-        self.memory, self.space = memory, space
+        self.memory, self.space, self.at_the_weights = memory, space, space == "update"
         self._projection: ReferenceProjection | None = None
 
     def on_fit_start(self, loop: Any) -> None:
@@ -229,8 +229,15 @@ class AveragedGEM(Callback):
         if self.space == "update":
             self._projection = ReferenceProjection(loop.optimizer)
 
+    def on_step_start(self, loop: Any) -> None:
+        """Forget the reference gradient of a step that was passed over."""
+        if self._projection is not None:
+            self._projection.reference = None
+
     def on_task_gradients(self, loop: Any) -> None:
-        """Take the reference gradient; project the loop's own where that is what is projected."""
+        """Take the reference gradient, once a step; project the loop's own where that is what is projected."""
+        if self._projection is not None and self._projection.reference is not None:
+            return  # of a step with several gradients the first is at the weights themselves
         reference = reference_gradients(loop.model, self.memory(loop.step), loss=loop.loss)
         if self._projection is not None:
             self._projection.reference = reference

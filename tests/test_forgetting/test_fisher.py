@@ -113,7 +113,7 @@ def test_softmax_by_enumeration(method):
 
 @pytest.mark.parametrize("method", ["loop", "hooks"])
 def test_linear_gaussian(method):
-    """Of y = W x + noise of variance 1 F of W[c, i] is E[x_i^2], of the bias 1; the given targets make it E[e^2 x^2]."""
+    """Of y = W x + noise of variance 1 F of W[c, i] is E[x_i^2], of the bias 1; the given targets give E[e^2 x^2]."""
     model, Y = softmax_layer(), torch.linspace(-2, 3, 69).reshape(23, 3)
     batches, x = [(X[:10], Y[:10]), (X[10:], Y[10:])], X.double()
     exact = diagonal_fisher(model, batches, kind="exact", method=method)

@@ -15,6 +15,8 @@ from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
+from llmtune.training.sharpness import SharpnessAware
+from llmtune.types import Callback
 
 OLD, NEW = uneven_rows(4, seed=7), uneven_rows(12, seed=8)
 
@@ -154,7 +156,7 @@ def gradients_of(model, task):
 
 
 def products(space, steps=60):
-    """Return <change, old task's gradient> / their norms, for each step of AdamW."""
+    """Return <change, old task's gradient> / their starts, for each step of AdamW."""
     model, old, new = two_tasks(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     projection = ReferenceProjection(optimizer) if space == "update" else None
@@ -277,6 +279,23 @@ class Stop:
         if name.startswith("on_"):
             return call
         raise AttributeError(name)
+
+
+def test_in_a_sharpness_aware_loop_the_reference_is_that_at_the_weights():
+    seen, model, starts = [], tiny_llama(), []
+
+    def memory(step):
+        seen.append((step, model.lm_head.weight.detach().clone()))
+        return stored(step)
+
+    class Starts(Callback):
+        def on_step_start(self, loop):
+            starts.append(loop.model.lm_head.weight.detach().clone())
+
+    callbacks = [AveragedGEM(memory), Starts()]
+    SharpnessAware(model, NEW, settings=settings(max_steps=3), callbacks=callbacks).fit()
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert all(torch.equal(weight, start) for (_, weight), start in zip(seen, starts, strict=True))
 
 
 def test_it_works_for_an_encoder():
