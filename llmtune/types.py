@@ -58,7 +58,13 @@ class Callback:
 
     `loop` is the running `TrainingLoop`: `loop.model`, `loop.optimizer`, `loop.step` (steps done so far) and
     `loop.history` are there to read.
+
+    Attributes:
+        at_the_weights: whether it is to hear `on_task_gradients` of each pass where a step takes several gradients
+            (`SharpnessAware`), the first being that at the weights themselves; else of the last alone.
     """
+
+    at_the_weights: bool = False
 
     def on_fit_start(self, loop: Any) -> None:
         """Before the first step, after a resume has been loaded."""

@@ -38,7 +38,8 @@ class MixedBatches:
         ratio: the replayed share of all targets, 0 (none) to less than 1.
         seed: of the draw.
         unit: what is counted in a row. "targets": labels other than -100, without the first one of each document where
-            there is one label a token, as a causal loss counts them. "tokens": the input ids. Or a function of a row.
+            there is one label a token, as a causal loss counts them. "tokens": the input ids. Or a function of a row,
+            for losses that do not shift (masked, encoder-decoder) and rows that may have as many labels as tokens.
 
     Attributes:
         ratio: what was asked for.

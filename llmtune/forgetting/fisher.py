@@ -43,7 +43,8 @@ def diagonal_fisher(
             any module that returns logits [n, C].
         batches: dicts for `model(**batch)` with "labels", [B] of classes or [B, T] of tokens (unshifted, -100 ignored),
             padded or packed; or pairs (inputs [n, ...], targets [n]) for `model(inputs)`. Read once, and moved to the
-            model's device. Labels say which places count even where targets are drawn.
+            model's device. Labels say which places count even where targets are drawn. Floats, one an output of a
+            regressor, are targets of a normal distribution of variance 1: divide by sigma^2 for another.
         kind: "sampled" draws every target from the model's own prediction at its place, with the given text before it:
             unbiased. "exact" takes the expectation over all classes: a backward pass for each, at each place.
             "empirical" takes the given labels: cheaper by a draw, and a biased estimate.
@@ -106,7 +107,7 @@ def _sums(
     head_chosen = has_head(model) and bool(set(map(id, tensors.values())) & set(map(id, head_of(model).parameters())))
 
     def likelihood(group: Batch) -> Tensor:
-        predictions = predict(model, group, whole_logits=head_chosen)
+        predictions = predict(model, group, whole_logits=head_chosen, regress=True)
         return predictions.log_likelihood(predictions.labels)
 
     sums = {name: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for name, p in tensors.items()}
@@ -115,7 +116,8 @@ def _sums(
     for batch in batches:
         for _, group, tape in engine.groups(labelled_examples(model, batch, next(iter(tensors.values())).device)):
             with tape:
-                predictions = predict(model, group, whole_logits=head_chosen and isinstance(tape, HookTape))
+                whole = head_chosen and isinstance(tape, HookTape)
+                predictions = predict(model, group, whole_logits=whole, regress=True)
             for score, weights, more in passes(predictions, kind, unit, generator):
                 for name, rows, piece in tape.gradients(score, keep=more):
                     _add_squares(sums[name], piece.float(), None if weights is None else weights[rows].float())

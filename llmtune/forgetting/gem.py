@@ -54,13 +54,14 @@ def averaged_gem(
     Chaudhry et al. 2019, "Efficient lifelong learning with A-GEM", equation 11.
     """
     pairs = _pairs(gradients, reference)
-    square = _square(reference)
-    product = _total([(wide(g) * wide(r)).sum() for g, r in pairs.values()])
+    size = _size(reference)
+    product = _total([(wide(g) * (wide(r) / size)).sum() for g, r in pairs.values()])
     if not product < 0:
         return dict(gradients)
+    square = _total([(wide(r) / size).square().sum() for r in reference.values() if r is not None])
     found = dict(gradients)
     for key, (gradient, direction) in pairs.items():
-        found[key] = wide(gradient).sub(wide(direction), alpha=product / square).to(gradient.dtype)
+        found[key] = wide(gradient).sub(wide(direction) / size, alpha=product / square).to(gradient.dtype)
     return found
 
 
@@ -174,7 +175,7 @@ class ReferenceProjection(ChangedUpdate):
                 "ReferenceProjection has no reference gradient for this step: set .reference before each, as to "
                 "reference_gradients(...)"
             )
-        _square(self.reference)
+        _size(self.reference)
         _pairs({parameter: parameter for parameter in self.parameters}, self.reference)
 
     def after(self, before: dict[Tensor, Tensor]) -> None:
@@ -220,7 +221,7 @@ class AveragedGEM(Callback):
             raise TypeError(f"memory must be a function that gives the batches for a step; got {memory!r:.60}")
         if space not in get_args(Space):
             raise ValueError(f'space must be "update" or "gradient"; got {space!r}')
-        self.memory, self.space = memory, space
+        self.memory, self.space, self.at_the_weights = memory, space, space == "update"
         self._projection: ReferenceProjection | None = None
 
     def on_fit_start(self, loop: Any) -> None:
@@ -228,8 +229,15 @@ class AveragedGEM(Callback):
         if self.space == "update":
             self._projection = ReferenceProjection(loop.optimizer)
 
+    def on_step_start(self, loop: Any) -> None:
+        """Forget the reference gradient of a step that was passed over."""
+        if self._projection is not None:
+            self._projection.reference = None
+
     def on_task_gradients(self, loop: Any) -> None:
-        """Take the reference gradient; project the loop's own where that is what is projected."""
+        """Take the reference gradient, once a step; project the loop's own where that is what is projected."""
+        if self._projection is not None and self._projection.reference is not None:
+            return  # of a step with several gradients the first is at the weights themselves
         reference = reference_gradients(loop.model, self.memory(loop.step), loss=loop.loss)
         if self._projection is not None:
             self._projection.reference = reference
@@ -249,12 +257,16 @@ class AveragedGEM(Callback):
         self.on_fit_end(loop)
 
 
-def _square(reference: Mapping[Key, Tensor | None]) -> float:
-    """Return ||reference||^2, all tensors as one vector; raises where it is not finite."""
-    square = _total([wide(r).square().sum() for r in reference.values() if r is not None])
-    if not math.isfinite(square):
+def _size(reference: Mapping[Key, Tensor | None]) -> float:
+    """Return a power of 2 as large as the reference's largest entry, 1 where all are 0; raises where one is not finite.
+
+    Of examples that are learned to the last digit it is so small that its square would vanish in float32.
+    """
+    largest = [wide(r).abs().max() for r in reference.values() if r is not None and r.numel()]
+    size = float(torch.stack([part.to("cpu", torch.float64) for part in largest]).max()) if largest else 0.0
+    if not math.isfinite(size):
         raise ValueError("the reference gradient is not finite: look at the loss of the stored examples")
-    return square
+    return math.ldexp(1.0, math.frexp(size)[1]) if size else 1.0
 
 
 def _total(parts: list[Tensor]) -> float:

@@ -64,26 +64,47 @@ class Predictions:
         return -F.cross_entropy(self.logits(self.rows), targets, reduction="sum")
 
 
+class GaussianPredictions(Predictions):
+    """What a regressor predicts: the means [n, C] of normal distributions of variance 1; `labels` are [n, C] floats."""
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        """Return [n, C] targets drawn from the predicted distributions, without gradient."""
+        means = self.logits(self.rows).detach()
+        place = means.device if generator is None else generator.device
+        return means + torch.randn(means.shape, generator=generator, device=place, dtype=means.dtype).to(means.device)
+
+    def log_likelihood(self, targets: Tensor) -> Tensor:
+        """Return the sum over all places of log p(target) but for a constant: minus half of the squared error."""
+        return -0.5 * (self.logits(self.rows) - targets).square().sum()
+
+
 def has_target(model: nn.Module, batch: Batch) -> bool:
     """Return whether any label of the batch is predicted: a causal model's first label of a row is not.
 
     Raises:
         ValueError: the labels are missing, or are not integers [n] or [n, T].
     """
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        return True
     return bool((_targets(model, _labels(batch)) != IGNORED).any())
 
 
-def predict(model: nn.Module, batch: Batch, *, whole_logits: bool = False) -> Predictions:
+def predict(model: nn.Module, batch: Batch, *, whole_logits: bool = False, regress: bool = False) -> Predictions:
     """Run the model and return its predictions at the labelled places.
 
     Args:
         model: the bare module.
         batch: of examples that have targets; labels [n] of classes or [n, T] of tokens.
         whole_logits: run a language model's head as its module on the whole batch, for those who watch that module.
+        regress: whether labels of floats may be given, one an output: [n], [n, 1] or [n, C].
 
     Raises:
-        ValueError: the labels are missing or of floats, or do not fit the logits.
+        ValueError: the labels are missing, of floats that no output regresses on, or do not fit the logits.
     """
+    given = batch.get("labels")
+    if regress and isinstance(given, Tensor) and given.is_floating_point():
+        return _of_numbers(model, batch, given)
     labels = _labels(batch)
     if labels.ndim == 1:
         return _of_classes(model, batch, labels)
@@ -112,11 +133,16 @@ def passes(
 
     "sequence": one pass, the log-likelihood of all of an example's targets. "token": one pass a place. "exact": one
     pass a place and class, weighted with its probability; since targets are drawn independently given the text, the
-    squares of an example's places add up.
+    squares of an example's places add up. Of a regressor "exact" is one pass an output: the squares of their gradients
+    add up, as errors have variance 1.
     """
+    if isinstance(predictions, GaussianPredictions) and kind == "exact":
+        outputs = predictions.logits(predictions.rows).unbind(1)
+        yield from ((output.sum(), None, at + 1 < len(outputs)) for at, output in enumerate(outputs))
+        return
     if kind != "exact":
         targets = predictions.labels if kind == "empirical" else predictions.sample(generator)
-        if unit == "sequence":
+        if unit == "sequence" or isinstance(predictions, GaussianPredictions):
             yield predictions.log_likelihood(targets), None, False
             return
     log_p = predictions.logits(predictions.rows).log_softmax(-1)
@@ -195,6 +221,25 @@ def _of_classes(model: nn.Module, batch: Batch, labels: Tensor) -> Predictions:
             f"labels [{len(labels)}] of classes need logits [{len(labels)}, C], C >= 2; the model gave {shape}"
         )
     return _checked(Predictions(logits[owner], None, owner, labels[owner], len(labels)))
+
+
+def _of_numbers(model: nn.Module, batch: Batch, labels: Tensor) -> Predictions:
+    output: Any = model(batch[INPUTS]) if INPUTS in batch else model(**model_inputs(model, batch))
+    means = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    shape = list(means.shape) if isinstance(means, Tensor) else f"a {type(output).__name__} without logits"
+    regresses = INPUTS in batch or getattr(getattr(model, "config", None), "problem_type", None) == "regression"
+    if not isinstance(means, Tensor) or not (
+        means.ndim in (1, 2)
+        and (len(means), means.numel()) == (len(labels), labels.numel())
+        and (regresses or means.numel() == len(means))  # several classes at once are no regression
+    ):
+        raise ValueError(
+            f"a likelihood needs integer labels, or one float an output of a model that regresses; got {labels.dtype} "
+            f"{[*labels.shape]}, and the model gave {shape}"
+        )
+    means = means.reshape(len(labels), -1)
+    owner = torch.arange(len(labels), device=means.device)
+    return GaussianPredictions(means, None, owner, labels.to(means.dtype).reshape(means.shape), len(labels))
 
 
 def _checked(predictions: Predictions) -> Predictions:

@@ -133,7 +133,11 @@ class GradientProjectionMemory(Projected):
 
         Args:
             model: as the task has left it.
-            batches: some 100 examples of the task; see `input_basis`, whose errors it raises.
+            batches: some 100 examples of the task: dicts, or pairs (inputs [n, ...], targets), as for `input_basis`.
+
+        Raises:
+            ValueError: a layer has had no input, or none but 0 or NaN, or a basis does not fit it.
+            TypeError: `batches` is a single batch, or holds something else.
         """
         extent: dict[str, Any] = {"energy": self.energy, "rank": self.rank}
         self.kept = input_basis(model, batches, modules=self.modules, extend=self.kept, **extent)
@@ -184,13 +188,21 @@ class OrthogonalGradientDescent(Projected):
 
         Args:
             model: as the task has left it.
-            batches: the examples; see `gradient_directions`, whose errors it raises.
+            batches: the examples: dicts with "labels", or pairs (inputs [n, ...], targets [n]).
+
+        Raises:
+            ValueError: no example has a target, or what is trained is not what it was in the earlier tasks.
+            TypeError: `batches` is a single batch, or holds something else.
         """
         chosen: dict[str, Any] = {"most": self.most, "logits": self.logits, "parameters": self.parameters}
         self.kept = gradient_directions(model, batches, extend=self.kept or None, **chosen)
 
     def projection(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> JointProjection:
-        """See `Projected.projection`."""
+        """See `Projected.projection`.
+
+        Raises:
+            ValueError: a parameter that has directions is not trained, or they do not fit it.
+        """
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         missing = sorted(self.kept.keys() - trained.keys())
         if missing:

@@ -21,7 +21,8 @@ ZERO = 1e-5  # a part of A below this share of its size is rounding
 def protected_parameters(model: nn.Module, bases: Mapping[str, Tensor]) -> dict[nn.Parameter, Directions | None]:
     """Return what `UpdateProjection` takes so that layers' outputs on inputs x in the span of their bases stay.
 
-    weight W:       dW U = 0, along the inputs: the last dimension, or the first of GPT-2's Conv1D.
+    weight W:       dW U = 0, along the inputs: the last dimension, or the first of GPT-2's Conv1D. One that several
+                    layers share keeps to all of their bases.
     bias:           held still (None), as W x + b stays only where b does.
     LoRA's A:       dA U = 0.
     LoRA's B:       dB V = 0, V an orthonormal basis of A U [r, k], which then stays as it is.
@@ -56,7 +57,7 @@ def protected_parameters(model: nn.Module, bases: Mapping[str, Tensor]) -> dict[
     for name, place, basis in _checked(model, bases):
         bare: Any = bare_module(place)
         if bare.weight.requires_grad:
-            found[bare.weight] = Directions(basis, 0 if has_inputs_first(bare) else -1)
+            found[bare.weight] = _with(found.get(bare.weight), basis, 0 if has_inputs_first(bare) else -1)
         if bare.bias is not None and bare.bias.requires_grad:
             found[bare.bias] = None
         for layer in _trained_lora(name, place):
@@ -66,6 +67,17 @@ def protected_parameters(model: nn.Module, bases: Mapping[str, Tensor]) -> dict[
             f"nothing is trained in the {len(bases)} layers that have a basis: there is nothing to project"
         )
     return found
+
+
+@torch.no_grad()
+def _with(known: Directions | None, basis: Tensor, dim: int) -> Directions:
+    """Return a weight's directions; of one that another layer has too, an orthonormal basis of both layers' inputs."""
+    if known is None:
+        return Directions(basis, dim)
+    both = torch.cat([wide(known.basis), wide(basis).to(known.basis.device)], dim=1)
+    with full_float32(both.device):
+        left, values, _ = torch.linalg.svd(both, full_matrices=False)
+    return Directions(left[:, values > ZERO].contiguous(), dim)
 
 
 @torch.no_grad()

@@ -89,6 +89,7 @@ class SynapticIntelligence(ImportancePenalty):
     """
 
     source = "the path"
+    at_the_weights = True
 
     def __init__(
         self, strength: float, *, damping: float = 0.1, parameters: Choice = None, dtype: torch.dtype | None = None,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.anchor import Anchor
@@ -25,26 +26,38 @@ class Anchored(Callback):
             trained, as they are now.
         strength: 0 or more.
         without: bare names, or a function of one: not to be anchored.
+        dtype: what anchors are rounded to; None for no rounding.
+        device: where they stay; None for the parameters' own.
 
     Raises:
-        ValueError: the anchor is empty or not finite, or `strength` is negative or not finite.
+        ValueError: the anchor is empty or not finite, or is not in `dtype`; `strength` is negative or not finite; or
+            `dtype` is none of floats.
         TypeError: a value of the anchor is no tensor of floats, or `without` is one string.
     """
 
-    def __init__(self, anchor: Mapping[str, Tensor] | nn.Module, strength: float, *, without: Names = None) -> None:
+    def __init__(
+        self, anchor: Mapping[str, Tensor] | nn.Module, strength: float, *, without: Names = None,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         check_strength("strength", strength)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be one of floats, or None; got {dtype}")
+        kept: Any = {"dtype": dtype, "device": None if device is None else torch.device(device)}
         if isinstance(without, str):
             raise TypeError(f"new must be a list of names or a function of a name; got the one string {without!r}")
         if isinstance(anchor, nn.Module):
             entries = choose_parameters(anchor, None)
-            self.anchors = {name: Anchor.of(e) for name, e in entries.items() if not is_among(name, without)}
+            self.anchors = {name: Anchor.of(e, **kept) for name, e in entries.items() if not is_among(name, without)}
         else:
             for name, value in anchor.items():
                 _check_value(name, value)
-            kept = {name: value for name, value in anchor.items() if not is_among(name, without)}
-            self.anchors = {name: Anchor(name, copy=value.detach().clone()) for name, value in kept.items()}
+            held = {name: value for name, value in anchor.items() if not is_among(name, without)}
+            self.anchors = {name: Anchor(name, copy=value.detach().clone(), **kept) for name, value in held.items()}
         if not self.anchors:
             raise ValueError("the anchor names no parameter: there is nothing to hold")
+        for name, made in self.anchors.items():
+            if dtype is not None and isinstance(made.base, Tensor) and not bool(made.base.isfinite().all()):
+                raise ValueError(f"the anchor of {name} overflows in {dtype}: use torch.bfloat16")
         self.strength = float(strength)
 
     def anchored(self, model: nn.Module) -> dict[str, EffectiveParameter]:

@@ -33,7 +33,7 @@ from llmtune.training.run_state import run_state, take_back
 from llmtune.training.settings import LoopSettings
 from llmtune.training.signals import StopSignals, told_by
 from llmtune.training.streams import StreamRows, is_stream
-from llmtune.training.sums import add_share, clip_gradients, drop_gradients, gradient_norm, plain_numbers, real_tokens
+from llmtune.training.sums import add_share, clip_gradients, drop_gradients, plain_numbers, real_tokens, unscale
 from llmtune.training.switches import autocast, compiled, recomputing
 from llmtune.training.watchers import watchers
 from llmtune.training.workers import BatchesAhead
@@ -171,8 +171,7 @@ class TrainingLoop:
                 self.scaler.scale(loss * (count / total)).backward()
                 add_share(metrics, {"loss": loss, **parts}, count / total)
         if self.scaler.is_enabled():
-            self.scaler.unscale_(self.optimizer)
-            metrics["overflow"] = (~gradient_norm(self.model).isfinite()).float()
+            metrics["overflow"] = unscale(self.model, self.optimizer, self.scaler).float()
         if self.step == 0:
             check_gradients(self.model)
         self.means = metrics  # for callbacks: of the step so far, over all micro-batches and processes

@@ -21,7 +21,8 @@ class SharpnessAware(TrainingLoop):
     g is the gradient of the whole step over all processes, unscaled, penalties with it; so neither the cut into
     micro-batches nor the processes change the result, where a move for each micro-batch would. Clipping, checks, skips
     of bad steps and the scaler see the second gradient alone. Both passes draw the same dropout masks, and the random
-    state goes on as after one. Callbacks hear `on_task_gradients` once, of the second gradient.
+    state goes on as after one. Callbacks hear `on_task_gradients` once, of the second gradient; those that ask for the
+    gradient `at_the_weights` hear it of the first one too.
 
     The history has the loss and its parts at w, and "sharpness", how much higher the loss is uphill. Evaluation is of
     w. A step costs two, and one copy of what is trained.
@@ -50,7 +51,8 @@ class SharpnessAware(TrainingLoop):
         Raises:
             ValueError: rho is not above 0; or what a plain step raises.
         """
-        callbacks, self.callbacks = self.callbacks, []
+        callbacks = self.callbacks
+        self.callbacks = [callback for callback in callbacks if getattr(callback, "at_the_weights", False)]
         try:
             with fixed_randomness():
                 here = super().accumulate_gradients(batches)

@@ -36,6 +36,24 @@ def drop_gradients(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
         scaler._per_optimizer_states.clear()
 
 
+def unscale(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
+    """Divide all gradients by the scaler's scale, also those that are not the optimizer's; return whether one is not
+    finite.
+
+    `GradScaler.unscale_` leaves the others scaled (a frozen weight's, that a callback asked for); one of them that
+    overflowed makes the scaler pass over the step, as any.
+    """
+    scaler.unscale_(optimizer)
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    others = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in own]
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    for gradient in map(_local, others):
+        gradient.div_(scaler.get_scale())
+        for overflow in found.values():
+            overflow += (~gradient.isfinite().all()).to(overflow)
+    return ~gradient_norm(model).isfinite()
+
+
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the Euclidean norm of all gradients of the model together, a scalar; of all shards together."""
     return _norm(_gradients(model))

@@ -111,6 +111,41 @@ def test_softmax_by_enumeration(method):
     assert_close(fisher["bias"], bias, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["loop", "hooks"])
+def test_linear_gaussian(method):
+    """Of y = W x + noise of variance 1 F of W[c, i] is E[x_i^2], of the bias 1; the given targets give E[e^2 x^2]."""
+    model, Y = softmax_layer(), torch.linspace(-2, 3, 69).reshape(23, 3)
+    batches, x = [(X[:10], Y[:10]), (X[10:], Y[10:])], X.double()
+    exact = diagonal_fisher(model, batches, kind="exact", method=method)
+    assert_close(exact["weight"], x.square().mean(0).expand(3, 5), rtol=1e-6)
+    assert_close(exact["bias"], torch.ones(3), rtol=1e-6)
+    given = diagonal_fisher(model, batches, kind="empirical", method=method)
+    error = (Y - model(X)).detach().double()
+    assert_close(given["weight"], error.square().T @ x.square() / 23, rtol=1e-6)
+    many, draws = [(X.repeat(1000, 1), Y.repeat(1000, 1))], torch.Generator().manual_seed(0)
+    drawn = diagonal_fisher(model, many, method="hooks", generator=draws)
+    assert_close(drawn["weight"], exact["weight"], rtol=0.05)
+
+
+def test_a_regressor_of_hugging_face():
+    """One logit: F of the head's weight is E[h^2], h what enters it. Several classes at once are no regression."""
+    model = tiny_bert(labels=1).eval()
+    batch = collate_padded([{**row, "labels": 0.5} for row in ROWS])
+    seen = []
+    handle = model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    model(**{name: value for name, value in batch.items() if name != "labels"})
+    handle.remove()
+    fisher = diagonal_fisher(model, [batch], kind="exact")
+    assert_close(fisher["classifier.weight"], seen[0].square().mean(0, keepdim=True), rtol=1e-4)
+    for unit in ("sequence", "token"):
+        assert diagonal_fisher(model, [batch], unit=unit)["classifier.weight"].min() > 0
+    several = {**batch, "labels": torch.zeros(len(ROWS), 3)}
+    with pytest.raises(
+        ValueError, match=r"needs integer labels, or one float an output of a model that regresses; got"
+    ):
+        diagonal_fisher(tiny_bert(labels=3), [several])
+
+
 def test_empirical_by_the_formula():
     model = softmax_layer()
     p = (X.double() @ model.weight.T.double() + model.bias.double()).softmax(-1).detach()

@@ -15,6 +15,8 @@ from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
+from llmtune.training.sharpness import SharpnessAware
+from llmtune.types import Callback
 
 OLD, NEW = uneven_rows(4, seed=7), uneven_rows(12, seed=8)
 
@@ -69,6 +71,19 @@ def test_what_has_no_gradient_counts_as_zero():
     assert set(found) == set(gradient)
     assert averaged_gem({"a": None}, reference) == {"a": None}
     assert averaged_gem({"a": torch.ones(2)}, {"a": torch.zeros(2)})["a"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-22, 1e-18, 1e22])
+def test_the_size_of_the_reference_changes_nothing(size):
+    """The square of what well learned examples leave vanishes in float32, and of 1e22 it overflows."""
+    reference = vectors(50, torch.float32)
+    gradient = against(vectors(0, torch.float32), reference)
+    plain, found = (
+        averaged_gem(gradient, reference),
+        averaged_gem(gradient, {k: r * size for k, r in reference.items()}),
+    )
+    for key in gradient:
+        torch.testing.assert_close(found[key], plain[key], rtol=1e-5, atol=1e-6)
 
 
 def test_low_precision_gradients_are_computed_in_float32():
@@ -141,7 +156,7 @@ def gradients_of(model, task):
 
 
 def products(space, steps=60):
-    """Return <change, old task's gradient> / their norms, for each step of AdamW."""
+    """Return <change, old task's gradient> / their starts, for each step of AdamW."""
     model, old, new = two_tasks(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     projection = ReferenceProjection(optimizer) if space == "update" else None
@@ -264,6 +279,23 @@ class Stop:
         if name.startswith("on_"):
             return call
         raise AttributeError(name)
+
+
+def test_in_a_sharpness_aware_loop_the_reference_is_that_at_the_weights():
+    seen, model, starts = [], tiny_llama(), []
+
+    def memory(step):
+        seen.append((step, model.lm_head.weight.detach().clone()))
+        return stored(step)
+
+    class Starts(Callback):
+        def on_step_start(self, loop):
+            starts.append(loop.model.lm_head.weight.detach().clone())
+
+    callbacks = [AveragedGEM(memory), Starts()]
+    SharpnessAware(model, NEW, settings=settings(max_steps=3), callbacks=callbacks).fit()
+    assert [step for step, _ in seen] == [0, 1, 2]
+    assert all(torch.equal(weight, start) for (_, weight), start in zip(seen, starts, strict=True))
 
 
 def test_it_works_for_an_encoder():

@@ -243,6 +243,24 @@ def test_a_new_lora_that_adds_nothing_on_old_inputs(make):
         assert float(layer.lora_b.detach().norm()) > 0
 
 
+def test_a_weight_that_two_layers_share_keeps_to_both_of_their_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 7, bias=False), nn.Tanh(), nn.Linear(7, 7, bias=False))
+    model[2].weight = model[0].weight
+    x = torch.randn(2, 7)
+    bases = input_basis(model, [(x, torch.tensor([0, 0]))], energy=1.0)
+    (directions,) = protected_parameters(model, bases).values()
+    assert directions.basis.shape == (7, 4)
+    old = model(x).detach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    UpdateProjection(optimizer, protected_parameters(model, bases))
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(torch.randn(5, 7)) - 1.0).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(model(x), old, rtol=0, atol=1e-5)
+
+
 def test_a_trained_lora_keeps_what_it_adds_on_old_inputs():
     bases = input_basis(tiny_llama(), [collate_padded(ROWS[:2])], rank=2, modules=lambda name: "q_proj" in name)
     model = tiny_llama()

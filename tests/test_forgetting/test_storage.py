@@ -13,6 +13,7 @@ from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.memory import penalty_memory
 from llmtune.forgetting.online_ewc import OnlineEWC
 from llmtune.forgetting.synaptic import SynapticIntelligence
+from llmtune.regularizers.l2sp import L2SP
 from llmtune.testing.close import assert_close
 from llmtune.testing.models import tiny_llama
 from llmtune.testing.small import SmallModel, moved
@@ -76,6 +77,16 @@ def test_synaptic_intelligence_holds_its_path_besides(kind):
     penalty.finish_task(model)
     held = tensors_of(penalty.state_dict())
     assert sum(tensor.numel() * tensor.itemsize for tensor in held) == expected
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["full", "lora", "dora"])
+def test_l2sp_holds_the_anchor_alone(kind, dtype):
+    model = MODELS[kind]()
+    penalty = L2SP(model, 1.0, dtype=dtype)
+    held = tensors_of({name: anchor.state() for name, anchor in penalty.anchors.items()})
+    expected = penalty_memory(model, dtype=dtype, importance=False)
+    assert sum(tensor.numel() * tensor.itemsize for tensor in held) == expected > 0
 
 
 def test_memory_of_a_choice_and_bad_choices():

@@ -7,6 +7,7 @@ from torch import nn
 
 from llmtune.adapters.attach import adapter_layers, attach
 from llmtune.adapters.config import DoRA, LoRA
+from llmtune.data.collate import collate_padded
 from llmtune.errors import CheckpointError
 from llmtune.forgetting.synaptic import SynapticIntelligence, path_importance
 from llmtune.integrations.transformers_trainer import with_loss
@@ -17,6 +18,8 @@ from llmtune.testing.close import assert_close
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_t5
 from llmtune.testing.small import SmallModel, moved
+from llmtune.training.settings import LoopSettings
+from llmtune.training.sharpness import SharpnessAware
 
 ROWS = uneven_rows(4)
 CLASSES = [{**row, "labels": index % 3} for index, row in enumerate(ROWS)]
@@ -211,6 +214,53 @@ def test_micro_batches_change_nothing():
     largest = max(float(value.abs().max()) for value in paths[0].values())
     for name, value in paths[0].items():
         assert float((value - paths[1][name]).abs().max()) <= 1e-3 * largest, name
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_in_a_sharpness_aware_loop_it_follows_the_gradient_at_the_weights(adapted):
+    """And watching changes no run: a frozen weight that has a gradient for the penalty's sake is not moved uphill."""
+    torch.manual_seed(0)
+    model, penalty = tiny_gpt2(), SynapticIntelligence(0.0)
+    model = lora(model, ["c_attn"]) if adapted else model
+    settings = LoopSettings(max_steps=2, rows_per_step=2, learning_rate=0.01, progress=False)
+    histories = []
+    for penalties in ([], [penalty]):
+        twin = copy.deepcopy(model)
+        loop = SharpnessAware(twin, ROWS, settings=settings, collate=collate_padded, penalties=penalties)
+        loop.rho = 0.5
+        seen = []
+        if penalties:
+            follow = penalty.task_gradients
+            penalty.task_gradients = lambda: (follow(), seen.append({**penalty._gradients}))  # noqa: B023
+        histories.append([(row["loss"], row["sharpness"], row["grad_norm"]) for row in loop.fit()])
+    assert histories[0] == histories[1]
+    plain = copy.deepcopy(model)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(True)
+    causal_lm_loss(plain, collate_padded([ROWS[at] for at in loop.row_indices(0)])).backward()
+    wanted = dict(plain.named_parameters())
+    for name, gradient in seen[0].items():
+        where = name if name in wanted else name.replace("c_attn", "c_attn.base")
+        torch.testing.assert_close(gradient, wanted[where].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_under_fp16_a_frozen_weights_gradient_is_unscaled_too():
+    """It is none of the optimizer's, so `GradScaler.unscale_` does not know it; nor does it see that it overflowed."""
+    model, paths = lora(tiny_gpt2(), ["c_attn"]), {}
+    for precision in ("float32", "fp16"):
+        penalty = SynapticIntelligence(1.0)
+        fitted(copy.deepcopy(model), penalty, ROWS, causal_lm_loss, precision=precision, steps=2)
+        paths[precision] = torch.stack([path.sum() for path in penalty.path.values()])
+    assert_close(paths["fp16"], paths["float32"], rtol=0.02)
+
+    penalty, factors = SynapticIntelligence(1.0), [torch.inf]
+    frozen = next(p for p in model.parameters() if not p.requires_grad and p.ndim == 2 and p.shape[1] == 3 * p.shape[0])
+    frozen.requires_grad_(True).register_hook(lambda gradient: gradient * (factors.pop() if factors else 1.0))
+    frozen.requires_grad_(False)
+    loop = fitted(model, penalty, ROWS, causal_lm_loss, precision="fp16", steps=3)
+    assert [row["overflow"] for row in loop.history] == [1, 0, 0]
+    assert penalty.steps == 2
+    assert all(bool(path.isfinite().all()) for path in penalty.path.values())
 
 
 CASES = {

@@ -324,6 +324,27 @@ def test_counts_once_a_step_however_many_micro_batches(make):
     assert len(set(seen)) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_anchor_of_half_precision_on_a_device_of_its_own(dtype, lora):
+    """The value is that of the plain formula with the rounded anchor; a frozen weight stays its own, exact."""
+    model = adapted() if lora else tiny_llama()
+    anchor = anchor_of(model)
+    penalty = L2SP(model, 3.0, dtype=dtype, device="cpu")
+    copies = [held.base for held in penalty.anchors.values() if isinstance(held.base, torch.Tensor)]
+    assert {value.dtype for value in copies} == (set() if lora else {dtype})
+    moved(model, seed=3)
+    rounded = anchor if lora else {name: value.to(dtype).float() for name, value in anchor.items()}
+    value = penalty(model)
+    assert value.dtype == torch.float32
+    assert_close(value.detach(), L2SP(rounded, 3.0)(model).detach(), rtol=1e-5)
+    value.backward()
+    with pytest.raises(ValueError, match=r"dtype must be one of floats, or None; got torch.int8"):
+        L2SP(model, 3.0, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"the anchor of weight overflows in torch.float16: use torch.bfloat16"):
+        L2SP({"weight": torch.tensor([1e6])}, 3.0, dtype=torch.float16)
+
+
 def test_state_tells_one_from_another_and_survives_json():
     model = adapted()
     penalty = L2SP(anchor_of(model), 2.0, new_strength=0.5, new=["lm_head.weight"])
