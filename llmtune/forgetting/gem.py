@@ -54,13 +54,17 @@ def averaged_gem(
     Chaudhry et al. 2019, "Efficient lifelong learning with A-GEM", equation 11.
     """
     pairs = _pairs(gradients, reference)
-    square = _square(reference)
-    product = _total([(wide(g) * wide(r)).sum() for g, r in pairs.values()])
+    largest = _largest(reference)
+    if not largest:
+        return dict(gradients)
+    units = {key: wide(r) / largest for key, r in reference.items() if r is not None}  # squares neither vanish nor grow
+    product = _total([(wide(g) * units[key]).sum() for key, (g, _) in pairs.items()])
     if not product < 0:
         return dict(gradients)
+    square = _total([unit.square().sum() for unit in units.values()])
     found = dict(gradients)
-    for key, (gradient, direction) in pairs.items():
-        found[key] = wide(gradient).sub(wide(direction), alpha=product / square).to(gradient.dtype)
+    for key, (gradient, _) in pairs.items():
+        found[key] = wide(gradient).sub(units[key], alpha=product / square).to(gradient.dtype)
     return found
 
 
@@ -174,7 +178,7 @@ class ReferenceProjection(ChangedUpdate):
                 "ReferenceProjection has no reference gradient for this step: set .reference before each, as to "
                 "reference_gradients(...)"
             )
-        _square(self.reference)
+        _largest(self.reference)
         _pairs({parameter: parameter for parameter in self.parameters}, self.reference)
 
     def after(self, before: dict[Tensor, Tensor]) -> None:
@@ -249,12 +253,15 @@ class AveragedGEM(Callback):
         self.on_fit_end(loop)
 
 
-def _square(reference: Mapping[Key, Tensor | None]) -> float:
-    """Return ||reference||^2, all tensors as one vector; raises where it is not finite."""
-    square = _total([wide(r).square().sum() for r in reference.values() if r is not None])
-    if not math.isfinite(square):
+def _largest(reference: Mapping[Key, Tensor | None]) -> float:
+    """Return the largest absolute entry; raises where one is not finite."""
+    sizes = [wide(r).abs().amax() for r in reference.values() if r is not None and r.numel()]
+    if not sizes:
+        return 0.0
+    largest = float(torch.stack([size.to(sizes[0].device, torch.float32) for size in sizes]).amax())
+    if not math.isfinite(largest):
         raise ValueError("the reference gradient is not finite: look at the loss of the stored examples")
-    return square
+    return largest
 
 
 def _total(parts: list[Tensor]) -> float:

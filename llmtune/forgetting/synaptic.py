@@ -278,6 +278,8 @@ class SynapticIntelligence(ImportancePenalty):
                 "backward pass and before the penalty's"
             )
         self._change = StepChange(optimizer, [self._entries[name] for name in self._gradients])
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._handles[1].id)  # last: what other hooks do to the step (a projection) is part of it
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:

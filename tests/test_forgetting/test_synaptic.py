@@ -13,6 +13,7 @@ from llmtune.integrations.transformers_trainer import with_loss
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
+from llmtune.optim.update_projection import UpdateProjection
 from llmtune.testing.close import assert_close
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_t5
@@ -263,6 +264,23 @@ def test_a_step_that_is_passed_over_counts_nothing():
     penalty._after_step(optimizer)
     assert penalty.steps == 0
     assert not penalty.path["weight"].any()
+
+
+@pytest.mark.parametrize("first", ["penalty", "projection"])
+def test_the_step_that_counts_is_the_projected_one(first):
+    model, penalty = plain(), SynapticIntelligence(1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    basis = torch.tensor([[0.6], [0.8], [0.0]], dtype=torch.float64)
+    if first == "penalty":
+        penalty.attach(model, optimizer)
+    UpdateProjection(optimizer, {model.weight: basis})
+    if first == "projection":
+        penalty.attach(model, optimizer)
+    before = model.weight.detach().clone()
+    trained(model, penalty, optimizer, quadratic, 1)
+    change = model.weight.detach() - before
+    assert float((change @ basis).abs().max()) < 1e-12
+    assert_close(penalty.path["weight"], -(H * (before - GOAL)) * change, rtol=1e-12)
 
 
 def test_an_error_leaves_flags_and_optimizer_as_they_were():

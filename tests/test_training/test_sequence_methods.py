@@ -24,6 +24,7 @@ from llmtune.training.sequence_methods import (
     L2SPToLast,
     OverTasks,
     Replay,
+    adapter_name,
 )
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.task_heads import HeadPerTask, TaskHeads
@@ -355,8 +356,21 @@ def test_an_encoder_decoder_goes_through_all_of_it(adapted):
 
 
 def test_a_task_of_any_name_gets_an_adapter():
-    model, names = tiny_gpt2(), ("my task", "über/2.1")
-    tasks = [dataclasses.replace(task, name=name) for task, name in zip(language_tasks(), names, strict=False)]
+    model, names = tiny_gpt2(), ("my_task", "a/b", "a b")
+    tasks = [dataclasses.replace(task, name=name) for task, name in zip(language_tasks(), names, strict=True)]
     methods = [AdapterPerTask(LoRA(rank=2, alpha=4))]
     TaskSequence(model, tasks, settings=settings(), collate=collate_padded, methods=methods, score=None).run()
-    assert adapter_names(model) == ["my-task", "ber-2-1"]
+    assert adapter_names(model) == ["my_task", "a-b-07f4401c", "a-b-806c5cd3"]
+    assert adapter_name("数学") != adapter_name("法语")
+    assert adapter_name("数学").startswith("task-")
+
+
+@pytest.mark.parametrize(("name", "count"), [("examples", 0), ("rows", -2)])
+def test_batches_of_no_rows_are_refused(name, count):
+    class Asks(TaskMethod):
+        def before_task(self, run):
+            list(run.batches(**{name: count}))
+
+    tasks = language_tasks()[:1]
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1; got {count}"):
+        TaskSequence(tiny_gpt2(), tasks, settings=settings(), collate=collate_padded, methods=[Asks()]).run()
