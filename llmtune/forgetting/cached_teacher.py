@@ -70,7 +70,8 @@ def with_teacher(
     check_factor("temperature", temperature, positive=True)
     if rows_per_batch < 1:
         raise ValueError(f"rows_per_batch must be 1 or more; got {rows_per_batch}")
-    inner, done = unwrap(model), []
+    inner = unwrap(model)
+    done: list[dict[str, Any]] = []
     device = next(inner.parameters()).device
     plain = [{name: value for name, value in rows[at].items() if name not in TEACHER_FIELDS} for at in range(len(rows))]
     packed = [row for row in plain if "position_ids" in row]

@@ -104,6 +104,7 @@ class SynapticIntelligence(ImportancePenalty):
         self._handles: list[Any] = []
         self._raised: list[nn.Parameter] = []
         self._gradients: dict[str, Tensor] | None = None
+        self._began = False
         self._change: StepChange | None = None
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -165,7 +166,7 @@ class SynapticIntelligence(ImportancePenalty):
     def start_step(self) -> None:
         """Call before a step's first forward pass: frozen weights under adapters get a gradient in it."""
         self._lower()
-        self._gradients = None
+        self._gradients, self._began = None, True
         self._raised = [entry.parameter for entry in self._entries.values() if not entry.parameter.requires_grad]
         for parameter in self._raised:
             parameter.requires_grad_(True)
@@ -180,7 +181,7 @@ class SynapticIntelligence(ImportancePenalty):
         if self._gradients is not None:
             return
         for name, entry in self._entries.items():
-            if not entry.parameter.requires_grad:
+            if not entry.parameter.requires_grad and not self._began:  # in a step that has begun it is asleep
                 raise ValueError(
                     f"{name} is under an adapter and got no gradient: call start_step() before the forward"
                 )
@@ -284,7 +285,7 @@ class SynapticIntelligence(ImportancePenalty):
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler steps, and does nothing
-        gradients, self._gradients = self._gradients, None
+        gradients, self._gradients, self._began = self._gradients, None, False
         change, self._change = self._change, None
         if gradients is None or change is None or (overflow is not None and bool(overflow)):
             return

@@ -204,7 +204,7 @@ class OverTasks(TaskMethod):
         start: called before each task with the same; left out, the part needs no telling.
 
     Raises:
-        TypeError: the part is neither, or has no state to save.
+        TypeError: the part is neither, or has no state to save; or `finish` or `start` cannot be called.
 
     Example:
         >>> class Count:
@@ -221,11 +221,12 @@ class OverTasks(TaskMethod):
     """
 
     def __init__(
-        self, part: Any, finish: Callable[[Any, TaskRun], Any], *,
-        start: Callable[[Any, TaskRun], Any] | None = None,
-    ) -> None:  # fmt: skip
-        if not callable(part) and not isinstance(part, Callback):
+        self, part: Any, finish: Callable[[Any, TaskRun], Any], *, start: Callable[[Any, TaskRun], Any] | None = None
+    ) -> None:
+        if isinstance(part, type) or (not callable(part) and not isinstance(part, Callback)):
             raise TypeError(f"a penalty, called with the model, or a Callback is expected; got {part!r}")
+        if not callable(finish) or not (start is None or callable(start)):
+            raise TypeError(f"finish and start are called with the part and the run; got {finish!r} and {start!r}")
         for name in ("state_dict", "load_state_dict"):
             if not callable(getattr(part, name, None)):
                 raise TypeError(f"the part must have state_dict and load_state_dict; {part!r} has no {name}")

@@ -7,6 +7,7 @@ from torch import nn
 
 from llmtune.adapters.attach import adapter_layers, attach
 from llmtune.adapters.config import DoRA, LoRA
+from llmtune.data.collate import collate_padded
 from llmtune.errors import CheckpointError
 from llmtune.forgetting.synaptic import SynapticIntelligence, path_importance
 from llmtune.integrations.transformers_trainer import with_loss
@@ -18,6 +19,10 @@ from llmtune.testing.close import assert_close
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_t5
 from llmtune.testing.small import SmallModel, moved
+from llmtune.training.lisa import LISA
+from llmtune.training.loop import TrainingLoop
+from llmtune.training.part_trains import PartTrains
+from llmtune.training.settings import LoopSettings
 
 ROWS = uneven_rows(4)
 CLASSES = [{**row, "labels": index % 3} for index, row in enumerate(ROWS)]
@@ -200,6 +205,31 @@ def test_watching_changes_no_run(targets):
     for p, q in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         assert torch.equal(p, q)
     assert [row["grad_norm"] for row in runs[0].history] == [row["grad_norm"] for row in runs[1].history]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_watching_changes_no_run_of_which_only_a_part_trains_in_each_step(adapted):
+    runs = []
+    for penalty in ([], [SynapticIntelligence(0.0)]):
+        torch.manual_seed(1)
+        model = lora(tiny_gpt2(), ["c_attn"]) if adapted else tiny_gpt2()
+        if adapted:
+            model.transformer.ln_f.requires_grad_(True)
+        flags = [p.requires_grad for p in model.parameters()]
+        settings = LoopSettings(max_steps=3, rows_per_step=2, learning_rate=1e-2, progress=False)
+        part = AdaptersLast() if adapted else LISA(1, every=1)
+        TrainingLoop(model, ROWS, settings=settings, collate=collate_padded, penalties=penalty, callbacks=[part]).fit()
+        assert [p.requires_grad for p in model.parameters()] == flags
+        runs.append(model)
+    assert all(torch.equal(p, q) for p, q in zip(runs[0].parameters(), runs[1].parameters(), strict=True))
+    assert any(bool(path.any()) for path in penalty[0].path.values())
+
+
+class AdaptersLast(PartTrains):
+    """Lets the last norm train alone at first, and the adapters beside it from the second step on."""
+
+    def awake(self, loop):
+        return {name for name in self.trained if "ln_f" in name or loop.step}
 
 
 def test_micro_batches_change_nothing():

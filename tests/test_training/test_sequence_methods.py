@@ -13,6 +13,7 @@ from llmtune.adapters.effective import anchor_of
 from llmtune.adapters.stack import AdapterStack
 from llmtune.data.collate import collate_padded
 from llmtune.forgetting.fisher import diagonal_fisher
+from llmtune.forgetting.online_ewc import OnlineEWC
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
 from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
@@ -233,6 +234,10 @@ def test_a_callback_over_all_tasks_watches_each():
     assert ends == [(True, "maths", 3), (True, "french", 6), (True, "law", 9)]
     with pytest.raises(TypeError, match=r"must have state_dict and load_state_dict; .* has no state_dict"):
         OverTasks(lambda model: 0.0, print)
+    with pytest.raises(TypeError, match=r"a penalty, .* or a Callback is expected; got <class .*OnlineEWC'>"):
+        OverTasks(OnlineEWC, print)
+    with pytest.raises(TypeError, match="finish and start are called with the part and the run; got None and None"):
+        OverTasks(OnlineEWC(1.0), None)
     with pytest.raises(TypeError, match=r"a penalty, called with the model, or a Callback is expected; got 3"):
         OverTasks(3, print)
 
