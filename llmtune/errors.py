@@ -7,7 +7,7 @@ for what a caller may want to catch by name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class LlmtuneWarning(UserWarning):
@@ -24,6 +24,18 @@ class LossSpikeError(ArithmeticError):
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged, or belongs to another model, data set or run."""
+
+
+def check_state(state: Mapping[str, object], keys: Iterable[str], what: str) -> None:
+    """Raise CheckpointError where a saved state lacks one of the keys that a part needs.
+
+    Args:
+        state: what is to be loaded.
+        keys: needed.
+        what: the part's name, for the sentence.
+    """
+    if lacking := [key for key in keys if key not in state]:
+        raise CheckpointError(f'the saved state has no "{lacking[0]}": it is none of {what}, it has {sorted(state)}')
 
 
 class LawBroken(AssertionError):

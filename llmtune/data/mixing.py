@@ -111,6 +111,9 @@ class MixedBatches:
                         f"{what} row {index}"
                     )
                 counts.append(count(row))
+                if not isinstance(counts[-1], int) or counts[-1] < 0:
+                    came = f"{counts[-1]!r} of {what} row {index}"
+                    raise ValueError(f"unit must count a whole number, 0 or more, in each row; got {came}")
                 kept = {**teacher_fields(row), **kept}
         return counts, kept
 
@@ -149,10 +152,9 @@ def count_targets(row: Mapping[str, Any]) -> int:
     labels = torch.as_tensor(row["labels"])
     if labels.is_floating_point():
         return 1  # to regress on, or several classes at once
-    targets = labels != IGNORED
-    ids = torch.as_tensor(row["input_ids"])
-    if labels.ndim == 1 and len(labels) == len(ids):
-        starts = torch.as_tensor(row["position_ids"]) == 0 if "position_ids" in row else torch.arange(len(ids)) == 0
+    targets = labels.long() != IGNORED  # in a narrower type a class may look like -100
+    if labels.ndim == 1 and "input_ids" in row and len(labels) == len(row["input_ids"]):
+        starts = torch.as_tensor(row["position_ids"]) == 0 if "position_ids" in row else torch.arange(len(labels)) == 0
         targets = targets & ~starts
     return int(targets.sum())
 

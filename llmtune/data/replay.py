@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmtune.errors import check_state
 from llmtune.types import Rows
 
 Row = dict[str, Any]
@@ -158,6 +159,7 @@ class ReplayBuffer:
         Raises:
             ValueError: it is the state of a buffer of another capacity or kind; nothing is changed.
         """
+        check_state(state, ("capacity", "per_task", "random", "tasks", "seen", "rows"), "ReplayBuffer")
         for name in ("capacity", "per_task"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"{name} is {state[name]} in the saved buffer and {getattr(self, name)} in this one")

@@ -52,7 +52,8 @@ def with_teacher(
 
     Raises:
         ValueError: k is missing, or given for a classifier; a temperature is given for a classifier, whose logits take
-            any; k, the temperature or rows_per_batch is out of range; or labels are missing or no integers.
+            any; k, the temperature or rows_per_batch is out of range; labels are missing or no integers; or a
+            prediction is not finite.
         TypeError: the model is no module.
 
     Example:
@@ -69,7 +70,8 @@ def with_teacher(
     check_factor("temperature", temperature, positive=True)
     if rows_per_batch < 1:
         raise ValueError(f"rows_per_batch must be 1 or more; got {rows_per_batch}")
-    inner, done = unwrap(model), []
+    inner = unwrap(model)
+    done: list[dict[str, Any]] = []
     device = next(inner.parameters()).device
     plain = [{name: value for name, value in rows[at].items() if name not in TEACHER_FIELDS} for at in range(len(rows))]
     packed = [row for row in plain if "position_ids" in row]
@@ -83,6 +85,7 @@ def with_teacher(
         for row, made in zip(some, _predictions(inner, batch, k, temperature), strict=True):
             n = torch.as_tensor(row["labels"]).numel()
             cut = made if made.keys() == {LOGITS} and made[LOGITS].ndim == 1 else _cut(made, n)
+            _check_finite(cut, len(done))
             done.append({**row, **cut})
     return done
 
@@ -117,6 +120,12 @@ def _predictions(inner: nn.Module, batch: Batch, k: int | None, temperature: flo
     return [
         {LOGPROBS: values[row], INDICES: indices[row], TEMPERATURE: at[row]} for row in range(len(labels))
     ]  # of one row, a view of all: `_cut` copies
+
+
+def _check_finite(fields: Mapping[str, Tensor], number: int) -> None:
+    """Raise where a row's predictions are not finite: later on NaN says that nothing is kept."""
+    if not all(bool(fields[name].isfinite().all()) for name in (LOGITS, LOGPROBS) if name in fields):
+        raise ValueError(f"the teacher's predictions for row {number} are not finite: its logits hold NaN or infinity")
 
 
 def _cut(made: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:

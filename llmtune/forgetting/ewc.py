@@ -15,6 +15,14 @@ from llmtune.forgetting.importance import check_storage, importance_penalty, kep
 from llmtune.types import Callback
 
 
+def check_anchor(name: str, value: Any) -> None:
+    """Raise where what a parameter is to be held at is no tensor of finite floats."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"the anchor of {name} must be a tensor of floats; got {value!r:.60}")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"the anchor of {name} is not finite")
+
+
 class EWC(Callback):
     """A penalty that holds parameters near an anchor, each as strongly as its Fisher information says.
 
@@ -45,7 +53,9 @@ class EWC(Callback):
 
     Raises:
         ValueError: `fisher` is empty, negative or not finite, or overflows or vanishes in `dtype`; the anchor lacks one
-            of its names or has another shape there; `strength` is negative or not finite. Names the first.
+            of its names, has another shape there or is not finite; `strength` is negative or not finite. Names the
+            first.
+        TypeError: `fisher` or the anchor is no dict of tensors of floats.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -67,6 +77,8 @@ class EWC(Callback):
         dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         self.strength, self.dtype, self.device = check_storage(strength, dtype, device)
+        if not isinstance(fisher, Mapping) or not isinstance(anchor, Mapping | nn.Module):
+            raise TypeError("fisher must be a dict of tensors by name, and anchor one too, or the model")
         if not fisher:
             raise ValueError("fisher names no parameter: there is nothing to hold")
         kept: Any = {"dtype": self.dtype, "device": self.device}
@@ -78,6 +90,7 @@ class EWC(Callback):
             for name in fisher:
                 if name not in anchor:
                     raise ValueError(f'the anchor has no "{name}", which fisher names.{did_you_mean(name, anchor)}')
+                check_anchor(name, anchor[name])
             anchors = {name: Anchor(name, copy=anchor[name].detach().clone(), **kept) for name in fisher}
         for name, value in fisher.items():
             if value.shape != anchors[name].shape:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtune.adapters.anchor import Anchor, anchored_quadratic
 from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.effective import Choice, choose_parameters, effective_parameters
-from llmtune.errors import CheckpointError, did_you_mean
+from llmtune.errors import CheckpointError, check_state, did_you_mean
 from llmtune.modules import unwrap
 from llmtune.types import Callback
 
@@ -171,8 +171,9 @@ class ImportancePenalty(Callback):
         """Take back what `state_dict` gave, bit for bit; the tensors are copied.
 
         Raises:
-            CheckpointError: the strength or another number was another one.
+            CheckpointError: the strength or another number was another one, or it is no such state.
         """
+        check_state(state, self.state_dict(), type(self).__name__)
         for key, own in self._numbers().items():
             if state["numbers"].get(key) != own:
                 raise CheckpointError(

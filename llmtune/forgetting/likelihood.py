@@ -193,7 +193,7 @@ def with_decoder_inputs(model: nn.Module, batch: Batch) -> Batch:
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if not encoder_decoder or make is None or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
         return batch
-    return {**batch, "decoder_input_ids": make(labels=batch["labels"])}
+    return {**batch, "decoder_input_ids": make(labels=batch["labels"].long())}
 
 
 def _labels(batch: Batch) -> Tensor:
@@ -203,7 +203,7 @@ def _labels(batch: Batch) -> Tensor:
         raise ValueError(f"a likelihood needs integer labels, one a row [B] or one a token [B, T]; got {came}")
     if INPUTS in batch and labels.ndim != 1:
         raise ValueError(f"the targets of a pair (inputs, targets) must be classes [n]; got {[*labels.shape]}")
-    return labels
+    return labels.long()  # in a narrower type a class may look like -100
 
 
 def _targets(model: nn.Module, labels: Tensor) -> Tensor:

@@ -190,7 +190,17 @@ def _check(
     if len(prompts) == 0 or any(isinstance(prompt, int) or len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"prompts must be lists of token ids, one or more each, such as [[1]]; got {prompts!r:.80}")
     for name, value in (("n", n), ("max_tokens", max_tokens), ("rows_per_batch", rows_per_batch)):
-        if value < 1:
+        if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be 1 or more; got {value}")
+    known = inner.get_input_embeddings().weight.shape[0]
+    if wrong := [token for prompt in prompts for token in prompt if not 0 <= token < known]:
+        raise ValueError(f"prompts hold token {wrong[0]}, and the model knows 0 to {known - 1}: is it another model's?")
+    longest, places = max(map(len, prompts)), getattr(inner.config, "max_position_embeddings", None)
+    length = max(longest, max_tokens) if inner.config.is_encoder_decoder else longest + max_tokens
+    if places is not None and length > places:
+        raise ValueError(
+            f"texts of up to {length} tokens, the longest prompt's {longest} and max_tokens={max_tokens}, go beyond "
+            f"the model's {places} positions: ask for fewer"
+        )
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a finite number larger than 0; got {temperature}")

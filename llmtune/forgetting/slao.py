@@ -12,7 +12,7 @@ from llmtune.adapters.attach import record_of
 from llmtune.adapters.config import LoRA
 from llmtune.adapters.layer import adapter_chain, named_places, wide
 from llmtune.adapters.lora import LowRankLayer
-from llmtune.errors import CheckpointError
+from llmtune.errors import CheckpointError, check_state
 from llmtune.modules import unwrap
 from llmtune.types import Callback
 
@@ -188,6 +188,7 @@ class SLAO(Callback):
         Raises:
             CheckpointError: a B is missing or has another shape: the state is another adapter's.
         """
+        check_state(state, ("tasks", "training", "b"), "SLAO")
         layers, other = self._layers(), dict(state["b"])
         needed = layers if state["tasks"] else {}
         for place in (*needed, *other):

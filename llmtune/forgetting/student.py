@@ -88,7 +88,7 @@ def check_labels(batch: Batch, what: str = "distillation") -> Tensor:
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim not in (1, 2):
         came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
         raise ValueError(f"{what} needs integer labels, one a row [B] or one a token [B, T]; got {came}")
-    return labels
+    return labels.long()  # in a narrower type a class may look like -100
 
 
 def check_factor(name: str, value: float, *, positive: bool = False) -> None:

@@ -105,6 +105,7 @@ class SynapticIntelligence(ImportancePenalty):
         self._handles: list[Any] = []
         self._raised: list[nn.Parameter] = []
         self._gradients: dict[str, Tensor] | None = None
+        self._began = False
         self._change: StepChange | None = None
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -166,7 +167,7 @@ class SynapticIntelligence(ImportancePenalty):
     def start_step(self) -> None:
         """Call before a step's first forward pass: frozen weights under adapters get a gradient in it."""
         self._lower()
-        self._gradients = None
+        self._gradients, self._began = None, True
         self._raised = [entry.parameter for entry in self._entries.values() if not entry.parameter.requires_grad]
         for parameter in self._raised:
             parameter.requires_grad_(True)
@@ -181,7 +182,7 @@ class SynapticIntelligence(ImportancePenalty):
         if self._gradients is not None:
             return
         for name, entry in self._entries.items():
-            if not entry.parameter.requires_grad:
+            if not entry.parameter.requires_grad and not self._began:  # in a step that has begun it is asleep
                 raise ValueError(
                     f"{name} is under an adapter and got no gradient: call start_step() before the forward"
                 )
@@ -279,11 +280,13 @@ class SynapticIntelligence(ImportancePenalty):
                 "backward pass and before the penalty's"
             )
         self._change = StepChange(optimizer, [self._entries[name] for name in self._gradients])
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._handles[1].id)  # last: what other hooks do to the step (a projection) is part of it
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer under a GradScaler steps, and does nothing
-        gradients, self._gradients = self._gradients, None
+        gradients, self._gradients, self._began = self._gradients, None, False
         change, self._change = self._change, None
         if gradients is None or change is None or (overflow is not None and bool(overflow)):
             return

@@ -48,7 +48,11 @@ class PartTrains(Callback, ABC):
             ValueError: that is everything.
         """
         awake = self.awake(loop)
-        trained = {name: p for name, p in unwrap(loop.model).named_parameters() if p.requires_grad}
+        started = set(
+            self.trained
+        )  # what a penalty lets have a gradient for a step (a weight under an adapter) is none
+        every = unwrap(loop.model).named_parameters()
+        trained = {name: p for name, p in every if p.requires_grad and name in started}
         if not awake & trained.keys():
             raise ValueError(
                 f"step {loop.step + 1}: {type(self).__name__} leaves nothing to train: of what it would train nothing "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -186,8 +187,10 @@ class AdapterPerTask(TaskMethod):
 
 
 def adapter_name(task: str) -> str:
-    """Return what a task's adapter is called: the task's name, with "-" for what an adapter's name must not have."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", task).strip("-_") or "task"
+    """Return what a task's adapter is called: the task's name; or, where no adapter may be called that, what of it may
+    stand and a checksum, so that no two tasks share a name."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", task).strip("-_")
+    return plain if plain == task else f"{plain or 'task'}-{zlib.crc32(task.encode()):08x}"
 
 
 class OverTasks(TaskMethod):
@@ -201,7 +204,7 @@ class OverTasks(TaskMethod):
         start: called before each task with the same; left out, the part needs no telling.
 
     Raises:
-        TypeError: the part is neither, or has no state to save.
+        TypeError: the part is neither, or has no state to save; or `finish` or `start` cannot be called.
 
     Example:
         >>> class Count:
@@ -218,14 +221,12 @@ class OverTasks(TaskMethod):
     """
 
     def __init__(
-        self,
-        part: Any,
-        finish: Callable[[Any, TaskRun], Any],
-        *,
-        start: Callable[[Any, TaskRun], Any] | None = None,
+        self, part: Any, finish: Callable[[Any, TaskRun], Any], *, start: Callable[[Any, TaskRun], Any] | None = None
     ) -> None:
-        if not callable(part) and not isinstance(part, Callback):
+        if isinstance(part, type) or (not callable(part) and not isinstance(part, Callback)):
             raise TypeError(f"a penalty, called with the model, or a Callback is expected; got {part!r}")
+        if not callable(finish) or not (start is None or callable(start)):
+            raise TypeError(f"finish and start are called with the part and the run; got {finish!r} and {start!r}")
         for name in ("state_dict", "load_state_dict"):
             if not callable(getattr(part, name, None)):
                 raise TypeError(f"the part must have state_dict and load_state_dict; {part!r} has no {name}")

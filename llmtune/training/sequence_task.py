@@ -13,6 +13,7 @@ from torch import nn
 
 from llmtune.errors import did_you_mean
 from llmtune.training.checks import check_rows
+from llmtune.training.part_trains import check_whole
 from llmtune.training.settings import LoopSettings
 from llmtune.types import Batch, Callback, LossFunction, Penalty, Rows
 
@@ -108,7 +109,13 @@ class TaskRun:
             examples: how many rows, drawn at random without replacement by torch's global generator; left out, or where
                 there are no more, all in order.
             rows: of a batch; left out, those of a micro-batch.
+
+        Raises:
+            ValueError: `examples` or `rows` is no whole number of at least 1.
         """
+        for name, value in (("examples", examples), ("rows", rows)):
+            if value is not None:
+                check_whole(name, value)
         data, count = self.task.train, len(self.task.train)
         some = examples is not None and examples < count
         places = torch.randperm(count)[:examples].tolist() if some else list(range(count))

@@ -87,6 +87,8 @@ def test_targets_of_other_rows():
     assert count_targets({"input_ids": [3, 4], "labels": -100}) == 0
     assert count_targets({"input_ids": [3, 4], "labels": [0.0, 1.0, 0.0]}) == 1
     assert count_targets({"input_ids": [3, 4], "labels": [7, 8, 9]}) == 3  # a target sequence of its own
+    assert count_targets({"pixels": torch.ones(3), "labels": 2}) == 1
+    assert count_targets({"input_ids": [3, 4, 5], "labels": torch.tensor([3, 156, 5], dtype=torch.uint8)}) == 2
 
 
 def test_chosen_rows_by_hand():
@@ -173,6 +175,9 @@ def test_bad_input():
         MixedBatches([], rows)
     with pytest.raises(ValueError, match=r'unit must be "targets", "tokens" or a function of a row; got \'rows\''):
         MixedBatches(rows, rows, unit="rows")
+    for odd in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"a whole number, 0 or more, in each row; got {odd} of new row 0"):
+            MixedBatches(rows, rows, unit=lambda row, odd=odd: odd)
     silent = [{"input_ids": [3, 4], "labels": [3, -100]}]
     with pytest.raises(ValueError, match="the replayed rows have no targets"):
         MixedBatches(rows, silent)

@@ -175,3 +175,10 @@ def test_bad_input():
         buffer.load_state_dict(tasks.state_dict())
     with pytest.raises(ValueError, match="capacity is 2 in the saved buffer and 3 in this one"):
         ReplayBuffer(3).load_state_dict(buffer.state_dict())
+
+
+def test_another_parts_state_is_refused():
+    with pytest.raises(
+        ValueError, match=r"the saved state has no \"capacity\": it is none of ReplayBuffer, it has \['"
+    ):
+        ReplayBuffer(3).load_state_dict({"kept": {}})

@@ -256,3 +256,12 @@ def test_bad_input():
         collate_padded([rows[0], with_teacher(ROWS[:1], teacher, k=4)[0]])
     with pytest.raises(ValueError, match=r'field "teacher_logits" must have one value a token to be packed'):
         collate_packed([{"input_ids": [3], "teacher_logits": torch.ones(3)}])
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_a_teacher_whose_logits_are_nan_is_refused(k):
+    teacher = tiny_bert(labels=3) if k is None else tiny_llama()
+    with torch.no_grad():
+        next(teacher.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="the teacher's predictions for row 0 are not finite"):
+        with_teacher(CLASSES if k is None else ROWS, teacher, k=k)

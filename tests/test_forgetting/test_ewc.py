@@ -311,6 +311,7 @@ A = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
         ({**F, "bias": torch.ones(3, dtype=torch.long)}, A, 1.0, "of bias must be a tensor of floats"),
         (F, {"weight": A["weight"], "bais": A["bias"]}, 1.0, 'the anchor has no "bias", .* Did you mean "bais"'),
         (F, {**A, "bias": torch.zeros(2)}, 1.0, r"bias is \[3\] in fisher and \[2\] in the anchor"),
+        (F, {**A, "bias": torch.full((3,), torch.nan)}, 1.0, "the anchor of bias is not finite"),
         (F, nn.Linear(2, 5), 1.0, r"weight is \[3, 2\] in fisher and \[5, 2\] in the anchor"),
         (F, nn.Linear(2, 3, bias=False), 1.0, 'the bare model has no parameter "bias"'),
     ],
@@ -318,6 +319,13 @@ A = {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)}
 def test_bad_arguments(fisher, anchor, strength, message):
     with pytest.raises(ValueError, match=message):
         EWC(fisher, anchor, strength)
+
+
+def test_what_is_no_tensor():
+    with pytest.raises(TypeError, match=r"the anchor of bias must be a tensor of floats; got \[0.0, 0.0, 0.0\]"):
+        EWC(F, {**A, "bias": [0.0, 0.0, 0.0]}, 1.0)
+    with pytest.raises(TypeError, match="fisher must be a dict of tensors by name, and anchor one too, or the model"):
+        EWC([1.0], A, 1.0)
 
 
 def test_another_model():

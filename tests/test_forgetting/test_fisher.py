@@ -478,3 +478,12 @@ def test_more_bad_input_for_language_models():
     with pytest.raises(ValueError, match="none requires a gradient and no active adapter changes one"):
         diagonal_fisher(model, [collate_packed(ROWS)])
     assert diagonal_fisher(model, [collate_packed(ROWS)], parameters=["model.norm.weight"])["model.norm.weight"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.bool])
+def test_labels_of_any_integers(dtype):
+    layer = nn.Linear(3, 2)
+    inputs, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1, 0])
+    wide = diagonal_fisher(layer, [(inputs, labels)], kind="empirical")
+    narrow = diagonal_fisher(layer, [(inputs, labels.to(dtype))], kind="empirical")
+    assert all(torch.equal(wide[name], narrow[name]) for name in wide)

@@ -96,6 +96,12 @@ def test_low_precision_gradients_are_computed_in_float32():
         assert torch.equal(found[key], wide[key].bfloat16())
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-42, 1e25])
+def test_a_reference_whose_square_vanishes_or_overflows_is_one_too(size):
+    found = averaged_gem({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([-size, 0.0]), "b": torch.zeros(0)})
+    assert found["a"].tolist() == pytest.approx([0.0, 2.0], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("gradient", "reference", "text"),
     [

@@ -233,3 +233,8 @@ def test_frozen_since_the_anchor_was_taken_and_another_model():
         penalty(nn.Linear(2, 5))
     with pytest.raises(ValueError, match='fisher names "bias", which the model has not'):
         penalty(nn.Linear(2, 3, bias=False))
+
+
+def test_another_parts_state_is_refused():
+    with pytest.raises(CheckpointError, match=r'has no "numbers": it is none of OnlineEWC, it has \[\'kept\'\]'):
+        OnlineEWC(1.0).load_state_dict({"kept": {}})

@@ -161,5 +161,10 @@ def test_bad_input():
         self_synthesised(model, [[1]], 1, max_tokens=0)
     with pytest.raises(ValueError, match="temperature must be a finite number larger than 0; got 0"):
         self_synthesised(model, [[1]], 1, max_tokens=3, temperature=0)
+    for wrong in (97, -1):
+        with pytest.raises(ValueError, match=f"prompts hold token {wrong}, and the model knows 0 to 96"):
+            self_synthesised(model, [[1], [5, wrong]], 1, max_tokens=3)
+    with pytest.raises(ValueError, match=r"texts of up to 129 tokens, the longest prompt's 2 and .* model's 128 pos"):
+        self_synthesised(model, [[1], [5, 7]], 1, max_tokens=127)
     with pytest.raises(ValueError, match="no adapter"):
         self_synthesised(model, [[1]], 1, max_tokens=3, teacher=["default"])

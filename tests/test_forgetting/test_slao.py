@@ -208,6 +208,8 @@ def test_another_adapters_state_is_refused():
         SLAO(other).load_state_dict(slao.state_dict())
     with pytest.raises(CheckpointError, match="does not fit"):
         SLAO(other).load_state_dict({"tasks": 1, "training": False, "b": {}})
+    with pytest.raises(CheckpointError, match='the saved state has no "tasks": it is none of SLAO'):
+        SLAO(other).load_state_dict({"kept": {}})
 
 
 def test_matrices_that_do_not_fit():

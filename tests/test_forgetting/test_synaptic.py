@@ -14,10 +14,14 @@ from llmtune.integrations.transformers_trainer import with_loss
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
+from llmtune.optim.update_projection import UpdateProjection
 from llmtune.testing.close import assert_close
 from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_bert, tiny_gpt2, tiny_t5
 from llmtune.testing.small import SmallModel, moved
+from llmtune.training.lisa import LISA
+from llmtune.training.loop import TrainingLoop
+from llmtune.training.part_trains import PartTrains
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharpness import SharpnessAware
 
@@ -204,6 +208,31 @@ def test_watching_changes_no_run(targets):
     assert [row["grad_norm"] for row in runs[0].history] == [row["grad_norm"] for row in runs[1].history]
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_watching_changes_no_run_of_which_only_a_part_trains_in_each_step(adapted):
+    runs = []
+    for penalty in ([], [SynapticIntelligence(0.0)]):
+        torch.manual_seed(1)
+        model = lora(tiny_gpt2(), ["c_attn"]) if adapted else tiny_gpt2()
+        if adapted:
+            model.transformer.ln_f.requires_grad_(True)
+        flags = [p.requires_grad for p in model.parameters()]
+        settings = LoopSettings(max_steps=3, rows_per_step=2, learning_rate=1e-2, progress=False)
+        part = AdaptersLast() if adapted else LISA(1, every=1)
+        TrainingLoop(model, ROWS, settings=settings, collate=collate_padded, penalties=penalty, callbacks=[part]).fit()
+        assert [p.requires_grad for p in model.parameters()] == flags
+        runs.append(model)
+    assert all(torch.equal(p, q) for p, q in zip(runs[0].parameters(), runs[1].parameters(), strict=True))
+    assert any(bool(path.any()) for path in penalty[0].path.values())
+
+
+class AdaptersLast(PartTrains):
+    """Lets the last norm train alone at first, and the adapters beside it from the second step on."""
+
+    def awake(self, loop):
+        return {name for name in self.trained if "ln_f" in name or loop.step}
+
+
 def test_micro_batches_change_nothing():
     paths = []
     for rows in (1, 4):
@@ -313,6 +342,23 @@ def test_a_step_that_is_passed_over_counts_nothing():
     penalty._after_step(optimizer)
     assert penalty.steps == 0
     assert not penalty.path["weight"].any()
+
+
+@pytest.mark.parametrize("first", ["penalty", "projection"])
+def test_the_step_that_counts_is_the_projected_one(first):
+    model, penalty = plain(), SynapticIntelligence(1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    basis = torch.tensor([[0.6], [0.8], [0.0]], dtype=torch.float64)
+    if first == "penalty":
+        penalty.attach(model, optimizer)
+    UpdateProjection(optimizer, {model.weight: basis})
+    if first == "projection":
+        penalty.attach(model, optimizer)
+    before = model.weight.detach().clone()
+    trained(model, penalty, optimizer, quadratic, 1)
+    change = model.weight.detach() - before
+    assert float((change @ basis).abs().max()) < 1e-12
+    assert_close(penalty.path["weight"], -(H * (before - GOAL)) * change, rtol=1e-12)
 
 
 def test_an_error_leaves_flags_and_optimizer_as_they_were():

@@ -8,9 +8,26 @@ import torch
 from llmtune.adapters.attach import attach
 from llmtune.adapters.config import LoRA
 from llmtune.data.collate import collate_padded
+from llmtune.data.mixing import MixedBatches
+from llmtune.data.replay import ReplayBuffer
+from llmtune.forgetting import (
+    SLAO,
+    GradientProjectionMemory,
+    OnlineEWC,
+    OrthogonalLoRA,
+    SynapticIntelligence,
+    project_lora_a,
+)
 from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2
 from llmtune.training.sequence import TaskSequence
-from llmtune.training.sequence_methods import AdapterPerTask, DistillFromEarlier, EWCPerTask, L2SPToLast
+from llmtune.training.sequence_methods import (
+    AdapterPerTask,
+    DistillFromEarlier,
+    EWCPerTask,
+    L2SPToLast,
+    OverTasks,
+    Replay,
+)
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.settings import LoopSettings
 from llmtune.types import Callback
@@ -115,6 +132,33 @@ class AsRun:
         return [row | {"step": f"{task}.{row['step']}"} for task, rows in loops for row in rows]
 
 
+def learning():
+    return [
+        OverTasks(OnlineEWC(3.0, gamma=0.9), lambda part, run: part.finish_task(run.model, run.batches(3))),
+        OverTasks(SynapticIntelligence(2.0), lambda part, run: part.finish_task(run.model)),
+    ]
+
+
+def replay(**options):
+    return Replay(ReplayBuffer(5, **options), lambda new, old: MixedBatches(new, old, 0.3))
+
+
+class StartsApart(TaskMethod):
+    """Takes out of a new adapter's A what earlier tasks' inputs span."""
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def before_task(self, run):
+        if self.memory.kept:
+            project_lora_a(run.model, self.memory.kept)
+
+
+class HoldsApart(TaskMethod):
+    def before_task(self, run):
+        run.penalties.append(OrthogonalLoRA(0.5))
+
+
 def make_run(folder, *, kind="full", death=()):
     """A sequence of three tasks with state of every kind."""
     if kind == "full":  # all weights, replay and EWC per task
@@ -123,6 +167,20 @@ def make_run(folder, *, kind="full", death=()):
         model, methods = tiny_gpt2(dropout=0.1), [KeepsRows(death), EWCPerTask(3.0, examples=3), L2SPToLast(0.1)]
         torch.manual_seed(5)
         attach(model, LoRA(rank=3, alpha=6, targets=["c_attn"]))
+    elif kind == "slao":  # one LoRA, merged into itself, under replay, online EWC and SI
+        model = tiny_gpt2(dropout=0.1)
+        torch.manual_seed(5)
+        attach(model, LoRA(rank=3, alpha=6, targets=["c_attn"]))
+        one = OverTasks(SLAO(model), lambda part, run: part.finish_task(), start=lambda part, run: part.start_task())
+        methods = [one, KeepsRows(death), *learning(), replay()]
+    elif kind == "many":  # all that can stand together over a LoRA a task
+        model, memory = (
+            tiny_gpt2(dropout=0.1),
+            GradientProjectionMemory(energy=0.7, modules=["transformer.h.0.attn.c_attn"]),
+        )
+        methods = [AdapterPerTask(LoRA(rank=3, alpha=6, targets=["c_attn"])), StartsApart(memory), KeepsRows(death)]
+        methods += [*learning(), replay(per_task=True), DistillFromEarlier(0.5), HoldsApart()]
+        methods += [OverTasks(memory, lambda part, run: part.finish_task(run.model, run.batches(4)))]
     else:  # a LoRA a task, or merged one after the other
         model = tiny_gpt2(dropout=0.1)
         adapters = AdapterPerTask(LoRA(rank=3, alpha=6, targets=["c_attn"]), merge=kind == "merge")

@@ -13,6 +13,7 @@ from llmtune.adapters.effective import anchor_of
 from llmtune.adapters.stack import AdapterStack
 from llmtune.data.collate import collate_padded
 from llmtune.forgetting.fisher import diagonal_fisher
+from llmtune.forgetting.online_ewc import OnlineEWC
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
 from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
@@ -24,6 +25,7 @@ from llmtune.training.sequence_methods import (
     L2SPToLast,
     OverTasks,
     Replay,
+    adapter_name,
 )
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.task_heads import HeadPerTask, TaskHeads
@@ -232,6 +234,10 @@ def test_a_callback_over_all_tasks_watches_each():
     assert ends == [(True, "maths", 3), (True, "french", 6), (True, "law", 9)]
     with pytest.raises(TypeError, match=r"must have state_dict and load_state_dict; .* has no state_dict"):
         OverTasks(lambda model: 0.0, print)
+    with pytest.raises(TypeError, match=r"a penalty, .* or a Callback is expected; got <class .*OnlineEWC'>"):
+        OverTasks(OnlineEWC, print)
+    with pytest.raises(TypeError, match="finish and start are called with the part and the run; got None and None"):
+        OverTasks(OnlineEWC(1.0), None)
     with pytest.raises(TypeError, match=r"a penalty, called with the model, or a Callback is expected; got 3"):
         OverTasks(3, print)
 
@@ -355,8 +361,21 @@ def test_an_encoder_decoder_goes_through_all_of_it(adapted):
 
 
 def test_a_task_of_any_name_gets_an_adapter():
-    model, names = tiny_gpt2(), ("my task", "über/2.1")
-    tasks = [dataclasses.replace(task, name=name) for task, name in zip(language_tasks(), names, strict=False)]
+    model, names = tiny_gpt2(), ("my_task", "a/b", "a b")
+    tasks = [dataclasses.replace(task, name=name) for task, name in zip(language_tasks(), names, strict=True)]
     methods = [AdapterPerTask(LoRA(rank=2, alpha=4))]
     TaskSequence(model, tasks, settings=settings(), collate=collate_padded, methods=methods, score=None).run()
-    assert adapter_names(model) == ["my-task", "ber-2-1"]
+    assert adapter_names(model) == ["my_task", "a-b-07f4401c", "a-b-806c5cd3"]
+    assert adapter_name("数学") != adapter_name("法语")
+    assert adapter_name("数学").startswith("task-")
+
+
+@pytest.mark.parametrize(("name", "count"), [("examples", 0), ("rows", -2)])
+def test_batches_of_no_rows_are_refused(name, count):
+    class Asks(TaskMethod):
+        def before_task(self, run):
+            list(run.batches(**{name: count}))
+
+    tasks = language_tasks()[:1]
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1; got {count}"):
+        TaskSequence(tiny_gpt2(), tasks, settings=settings(), collate=collate_padded, methods=[Asks()]).run()
