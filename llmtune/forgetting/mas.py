@@ -90,13 +90,13 @@ class MemoryAwareSynapses(ImportancePenalty):
     labels, so a task can be finished on any text that the model is to go on treating as it does. Merge an adapter
     before `finish_task`, not after.
 
-    All of it, tensors included, is in `state_dict`, and so in every checkpoint of a run. It has no hooks: it works in
+    All of it, tensors included, is in `state_dict`, and so in every checkpoint of a run. It works in
     `TrainingLoop`, in a plain loop and in Hugging Face's Trainer.
 
     Args:
         strength: 0 or more; twice the paper's lambda, which stands without 1/2.
-        parameters: bare names, or a function of one; left out, what is trained, or changed by an active adapter, when a
-            task is finished. What is held once stays held.
+        parameters: bare names, or a function of one; left out, what is trained, or changed by an active adapter: in the
+            task's loop, and without one when the task is finished. What is held once stays held.
         dtype: as in `EWC`; sums over tasks are made in float32 before they are rounded.
         device: as in `EWC`.
 

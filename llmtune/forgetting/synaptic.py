@@ -105,6 +105,7 @@ class SynapticIntelligence(ImportancePenalty):
         self._raised: list[nn.Parameter] = []
         self._gradients: dict[str, Tensor] | None = None
         self._change: StepChange | None = None
+        self._moved: dict[str, Tensor] = {}  # how far the task went in weights under adapters, when it was detached
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Follow every step of the optimizer from now on; a task that was begun before goes on.
@@ -149,13 +150,20 @@ class SynapticIntelligence(ImportancePenalty):
             if name not in self.path:
                 wide = torch.promote_types(entry.parameter.dtype, torch.float32)
                 self.path[name] = torch.zeros_like(entry.parameter, dtype=wide, requires_grad=False)
-        self._entries = followed
+        self._entries, self._moved = followed, {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)
         ]  # fmt: skip
 
     def detach(self) -> None:
-        """Follow no more; what was collected stays. Nothing where it is not attached."""
+        """Follow no more; what was collected stays, so adapters may be merged now. Nothing where it is not attached."""
+        entries = self._entries
+        self._let_go()
+        for name, entry in entries.items() if self.steps else ():
+            if entry.layers and self.anchors[name].holds(entry.parameter):
+                self._moved[name] = self.anchors[name].change(entry)
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._lower()
@@ -195,7 +203,8 @@ class SynapticIntelligence(ImportancePenalty):
         """Turn the path into importance, and hold the model where it is now.
 
         Args:
-            model: as it is at the end of the task.
+            model: as it is at the end of the task. An adapter that is to be merged is merged before, and after `fit`
+                (in a plain loop after `detach`).
 
         Raises:
             ValueError: no step of the task was followed, the model is another, or a frozen weight has changed. Nothing
@@ -215,13 +224,16 @@ class SynapticIntelligence(ImportancePenalty):
                     f"{name} is {[*parameter.shape]} in the model and {[*shape]} in the path: another model's?"
                 )
             path = self.path.get(name)
-            change = self.anchors[name].change(entries[name])
+            merged = not entries[name].layers and not self.anchors[name].holds(parameter)
+            moved = self._moved.get(name) if merged else None
+            change = self.anchors[name].change(entries[name]) if moved is None else moved
             found[name] = (
                 torch.zeros_like(change) if path is None
                 else path_importance(path.to(change.device), change, damping=self.damping)
             )  # fmt: skip
         self._hold(unwrap(model), found, what="path's importance")
         self.path, self.steps = {name: torch.zeros_like(path) for name, path in self.path.items()}, 0
+        self._moved = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all it has learned: importances, anchors and the running task's path, and the numbers."""
@@ -256,7 +268,7 @@ class SynapticIntelligence(ImportancePenalty):
 
     def on_exception(self, loop: Any, error: BaseException) -> None:
         """Detach."""
-        self.detach()
+        self._let_go()
 
     def _numbers(self) -> dict[str, Any]:
         return {**super()._numbers(), "damping": self.damping}

@@ -13,6 +13,9 @@ from llmtune.adapters.effective import anchor_of
 from llmtune.adapters.stack import AdapterStack
 from llmtune.data.collate import collate_padded
 from llmtune.forgetting.fisher import diagonal_fisher
+from llmtune.forgetting.mas import MemoryAwareSynapses
+from llmtune.forgetting.online_ewc import OnlineEWC
+from llmtune.forgetting.synaptic import SynapticIntelligence
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
 from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
@@ -30,6 +33,16 @@ from llmtune.training.task_heads import HeadPerTask, TaskHeads
 from llmtune.types import Callback
 
 ADAPTER = LoRA(rank=3, alpha=6, targets=["q_proj"])
+
+
+PARTS = {
+    "online EWC": lambda: (
+        OnlineEWC(5.0),
+        lambda part, run: part.finish_task(run.model, run.batches(), kind="empirical"),
+    ),
+    "SI": lambda: (SynapticIntelligence(5.0), lambda part, run: part.finish_task(run.model)),
+    "MAS": lambda: (MemoryAwareSynapses(5.0), lambda part, run: part.finish_task(run.model, run.batches())),
+}
 
 
 class Looks(TaskMethod):
@@ -160,6 +173,33 @@ class TestAdapterPerTask:
         ]
         assert [sorted(held["anchor"]) for held in ewc.held.values()] == [[weight, weight.replace("0", "1")]] * 3
         assert torch.equal(ewc.held["law"]["anchor"][weight], model.get_parameter(weight))
+
+    @pytest.mark.parametrize("kind", PARTS)
+    def test_what_holds_the_model_after_each_merge(self, kind):
+        """The task's importance is that of the adapter as it was trained; the anchor is the merged weight."""
+        weight, found = "model.layers.1.self_attn.q_proj.weight", {}
+        for merge in (False, True):
+            model, (part, finish) = tiny_llama(), PARTS[kind]()
+            seen = Looks(after=lambda run, part=part: part.importance[weight].clone())
+            history = run(model, AdapterPerTask(ADAPTER, merge=merge, also=("lm_head",)), OverTasks(part, finish), seen)
+            found[merge] = seen.found[1]
+            assert part.tasks == 3
+            assert [max(rows.column("penalty")) > 0 for rows in history.loops] == [False, True, True]
+            assert set(part.importance) == {weight, weight.replace("1", "0"), "lm_head.weight"}
+        torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-6 * float(found[False].max()))
+        assert adapter_names(model) == []
+        model.get_parameter(weight).requires_grad_(True)
+        assert part(model).item() == 0
+        with torch.no_grad():
+            model.get_parameter(weight).add_(0.5)
+        assert part(model).item() == pytest.approx(0.5 * part.strength * 0.25 * float(part.importance[weight].sum()))
+
+    def test_what_holds_the_model_before_each_merge_is_refused(self):
+        part, finish = PARTS["online EWC"]()
+        with pytest.raises(
+            ValueError, match="merged at the end of its task is merged before the penalty's finish_task"
+        ):
+            run(tiny_llama(), OverTasks(part, finish), AdapterPerTask(ADAPTER, merge=True))
 
     def test_bad_input(self):
         with pytest.raises(TypeError, match="also must be a list of beginnings of names; got the one string 'head'"):
