@@ -118,8 +118,7 @@ class ImportancePenalty(Callback):
 
     Args:
         strength: 0 or more.
-        parameters: bare names, or a function of one; None for what a loop has trained, or without one for what is
-            trained when it is asked for.
+        parameters: bare names, or a function of one; None for what is trained when it is asked for.
         dtype: what importances and anchors are rounded to; None for no rounding.
         device: where they stay; None for the parameters' own.
 
@@ -141,7 +140,6 @@ class ImportancePenalty(Callback):
         self.importance: dict[str, Tensor] = {}
         self.anchors: dict[str, Anchor] = {}
         self.tasks = 0
-        self._trained: list[str] = []  # what a loop has trained: once its adapter is merged nothing else says
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the penalty, a scalar in at least float32 with gradient to the model's trainable parameters.
@@ -189,21 +187,12 @@ class ImportancePenalty(Callback):
             for name, value in state["anchors"].items()
         }
 
-    def on_fit_start(self, loop: Any) -> None:
-        """Note what the task trains: where its adapter is merged before `finish_task`, nothing else says so."""
-        self._trained = [] if self.parameters is not None else _trained_names(loop.model)
-
-    def on_fit_end(self, loop: Any) -> None:
-        """Note what the task has begun to train since."""
-        more = [] if self.parameters is not None else _trained_names(loop.model)
-        self._trained = list(dict.fromkeys([*self._trained, *more]))
-
     def _numbers(self) -> dict[str, Any]:
         return {"strength": self.strength, "dtype": None if self.dtype is None else str(self.dtype)}
 
     def _names(self, model: nn.Module) -> list[str]:
-        """Return what is held after this task: what was held before, and what the loop trained or is chosen now."""
-        return list(dict.fromkeys([*self.importance, *(self._trained or choose_parameters(model, self.parameters))]))
+        """Return what is held after this task: what was held before, and what is chosen now."""
+        return list(dict.fromkeys([*self.importance, *choose_parameters(model, self.parameters)]))
 
     def _hold(self, model: nn.Module, found: Mapping[str, Tensor], *, keep: float = 1.0, what: str) -> None:
         """Add a task's importances to `keep` times the earlier ones, and put the anchors where the model is now."""
@@ -221,14 +210,8 @@ class ImportancePenalty(Callback):
                 total = keep * self.importance[name].to(total) + total
             importance[name] = kept_importance(name, total, what=what, dtype=self.dtype, device=self.device)
         self.anchors = {n: Anchor.of(entries[n], dtype=self.dtype, device=self.device) for n in importance}
-        self.importance, self._trained = importance, []
+        self.importance = importance
         self.tasks += 1
-
-
-def _trained_names(model: nn.Module) -> list[str]:
-    """Return the bare names of what is trained, or changed by an active adapter; there may be none."""
-    entries = effective_parameters(unwrap(model))
-    return [name for name, entry in entries.items() if entry.parameter.requires_grad or entry.layers]
 
 
 def check_covers(found: Collection[str], held: Collection[str], *, what: str) -> None:

@@ -24,18 +24,18 @@ class OnlineEWC(ImportancePenalty):
     The anchor is where the model was at the end of the latest task; before the first is finished the penalty is 0.
     theta is the effective parameter, as in `EWC`: under LoRA W + s B A, with the frozen W as its own anchor. (A and B
     apart would not do: the Fisher information of A is exactly 0 while B = 0.) Merge an adapter before `finish_task`,
-    not after: the anchor's frozen weight would have changed, which raises. What the adapter had trained is known after
-    `TrainingLoop`; in a plain loop say it by `parameters`.
+    not after: the anchor's frozen weight would have changed, which raises. Say by `parameters` what it had changed, for
+    without the adapter all weights count as trained and would be held.
 
-    All of it, tensors included, is in `state_dict`, and so in every checkpoint of a run. It works in `TrainingLoop`, in
-    a plain loop (`(loss + penalty(model)).backward()`, once a step) and in Hugging Face's Trainer.
+    All of it, tensors included, is in `state_dict`, and so in every checkpoint of a run. It has no hooks: it works in
+    `TrainingLoop`, in a plain loop (`(loss + penalty(model)).backward()`, once a step) and in Hugging Face's Trainer.
 
     Args:
         strength: 0 or more.
         gamma: how much of the earlier tasks' information is kept at each new one, above 0 and at most 1; with 1 it is
             the sum over tasks.
-        parameters: bare names, or a function of one; left out, what is trained, or changed by an active adapter: in the
-            task's loop, and without one when the task is finished. What is held once stays held.
+        parameters: bare names, or a function of one; left out, what is trained, or changed by an active adapter, when a
+            task is finished. What is held once stays held.
         dtype: as in `EWC`; sums over tasks are made in float32 before they are rounded.
         device: as in `EWC`.
 

@@ -141,7 +141,8 @@ class AdapterPerTask(TaskMethod):
     Args:
         config: of every task's adapter: `LoRA(...)`, or another record.
         merge: fold each task's adapter into the weights for good when the task has ended, so that none is left between
-            tasks. What holds the model then stands after this method, and sees it merged.
+            tasks. What holds the model then stands after this method, and sees it merged, all weights as trained as
+            before the adapter: tell `OnlineEWC` and `MemoryAwareSynapses` by `parameters` which ones adapters change.
         also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
             head that goes on from task to task.
 
