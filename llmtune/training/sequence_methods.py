@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from llmtune.adapters.attach import adapter_parameters
 from llmtune.adapters.effective import anchor_of, choose_parameters
 from llmtune.adapters.merge import merge
 from llmtune.adapters.record import AdapterConfig
@@ -15,7 +17,7 @@ from llmtune.adapters.stack import AdapterStack
 from llmtune.errors import did_you_mean
 from llmtune.forgetting.distillation import DistillToBase
 from llmtune.forgetting.ewc import EWC
-from llmtune.forgetting.fisher import diagonal_fisher
+from llmtune.forgetting.fisher import check_kind, diagonal_fisher
 from llmtune.modules import unwrap
 from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.l2sp import L2SP
@@ -40,7 +42,8 @@ class EWCPerTask(TaskMethod):
             the methods before this one have arranged it.
 
     Raises:
-        ValueError: strength is negative or not finite, or `examples` is no whole number of at least 1.
+        ValueError: strength is negative or not finite, `examples` is no whole number of at least 1, or kind or unit is
+            unknown.
 
     Reference:
         Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", equation 3; that old tasks'
@@ -60,6 +63,7 @@ class EWCPerTask(TaskMethod):
         check_strength("strength", strength)
         if examples is not None:
             check_whole("examples", examples)
+        check_kind(kind, unit)
         self.strength, self.kind, self.unit = float(strength), kind, unit
         self.examples, self.parameters = examples, parameters
         self.held: dict[str, dict[str, Mapping[str, Tensor]]] = {}  # by task: "fisher" and "anchor"
@@ -112,7 +116,7 @@ class DistillFromEarlier(TaskMethod):
 
     The earlier model is this one with only those adapters left on that are not being trained: with an adapter a task
     (`AdapterPerTask`, which stands before this method) the model before the task; with one adapter for all of them the
-    base. Needs adapters; see `DistillToBase`.
+    base. Needs adapters, and all that is trained must be in them: a head in their `train_modules`. See `DistillToBase`.
 
     Args:
         strength: 0 or more.
@@ -127,8 +131,19 @@ class DistillFromEarlier(TaskMethod):
         self.strength, self.temperature = float(strength), float(temperature)
 
     def before_task(self, run: TaskRun) -> None:
-        """Put the distillation around the loss."""
+        """Put the distillation around the loss.
+
+        Raises:
+            ValueError: something beside the adapters is trained, which the teacher would have as well.
+        """
         stack = AdapterStack(unwrap(run.model))
+        own = {id(p) for name in stack.trained for p in adapter_parameters(stack.model, name).values()}
+        for name, parameter in stack.model.named_parameters():
+            if stack.names and parameter.requires_grad and id(parameter) not in own:
+                raise ValueError(
+                    f"{name} is trained beside the adapters, so that the earlier model would change with it: name its "
+                    "module in the adapter's train_modules, where each task has a copy"
+                )
         teacher = tuple(name for name in stack.active if name not in stack.trained)
         run.loss = DistillToBase(run.loss, strength=self.strength, temperature=self.temperature, teacher=teacher)
 
@@ -187,8 +202,9 @@ class AdapterPerTask(TaskMethod):
 
 
 def adapter_name(task: str) -> str:
-    """Return what a task's adapter is called: the task's name, with "-" for what an adapter's name must not have."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", task).strip("-_") or "task"
+    """Return what a task's adapter is called: the task's name, with "-" for what an adapter's name must not have; and
+    where nothing is left of it, "task-" and its checksum."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", task).strip("-_") or f"task-{zlib.crc32(task.encode()):08x}"
 
 
 class OverTasks(TaskMethod):

@@ -1,6 +1,7 @@
 """The methods of a sequence of tasks: what each gives the tasks' loops, by hand, and that it protects."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from llmtune.training.sequence_methods import (
     L2SPToLast,
     OverTasks,
     Replay,
+    adapter_name,
 )
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.task_heads import HeadPerTask, TaskHeads
@@ -120,6 +122,10 @@ class TestEWCPerTask:
             EWCPerTask(-1.0)
         with pytest.raises(ValueError, match="examples must be a whole number of at least 1; got 0"):
             EWCPerTask(1.0, examples=0)
+        with pytest.raises(ValueError, match="kind must be one of sampled, exact, empirical; got 'emprical'"):
+            EWCPerTask(1.0, kind="emprical")
+        with pytest.raises(ValueError, match="unit must be one of sequence, token; got 'row'"):
+            EWCPerTask(1.0, unit="row")
 
 
 def test_l2sp_is_anchored_where_each_task_but_the_first_begins():
@@ -198,6 +204,25 @@ class TestAdapterPerTask:
             model.get_parameter(weight).add_(0.5)
         assert part(model).item() == pytest.approx(0.5 * part.strength * 0.25 * float(part.importance[weight].sum()))
 
+    def test_synaptic_intelligence_goes_on_where_a_run_has_ended_at_a_merge(self, tmp_path):
+        def go(folder, dies=None):
+            def finish(part, run):
+                if run.index == dies:
+                    raise RuntimeError("the power goes")
+                part.finish_task(run.model)
+
+            model, part = tiny_llama(), SynapticIntelligence(5.0)
+            methods = [AdapterPerTask(ADAPTER, merge=True), OverTasks(part, finish)]
+            TaskSequence(
+                model, language_tasks(), settings=settings(folder), collate=collate_padded, methods=methods, score=None
+            ).run(resume=True)
+            return weights(model), part.importance
+
+        with pytest.raises(RuntimeError, match="the power goes"):
+            go(tmp_path / "one", dies=1)
+        for found, expected in zip(go(tmp_path / "one"), go(tmp_path / "two"), strict=True):
+            assert equal(found, expected)
+
     def test_what_holds_the_model_before_each_merge_is_refused(self):
         part, finish = PARTS["online EWC"]()
         with pytest.raises(
@@ -212,6 +237,23 @@ class TestAdapterPerTask:
             ValueError, match=r'no parameter of the model begins with "lm_haed".* Did you mean "lm_head'
         ):
             run(tiny_llama(), AdapterPerTask(ADAPTER, also=["lm_haed"]))
+
+
+def test_a_head_beside_the_adapters_would_be_the_earlier_models_too():
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is trained beside the adapters, so that the earlier model would"
+    ):
+        run(tiny_llama(), AdapterPerTask(ADAPTER, also=("lm_head",)), DistillFromEarlier(0.5))
+    inside = dataclasses.replace(ADAPTER, train_modules=["lm_head"])
+    history = run(tiny_llama(), AdapterPerTask(inside), DistillFromEarlier(0.5))
+    assert [rows[0]["distillation"] == 0 for rows in history.loops] == [True] * 3  # each begins as what was before it
+
+
+def test_names_that_leave_nothing_do_not_collide():
+    names = [adapter_name(name) for name in ("数学", "法语", "my task/2")]
+    assert len(set(names)) == 3
+    assert names[2] == "my-task-2"
+    assert all(re.fullmatch("task-[0-9a-f]{8}", name) for name in names[:2])
 
 
 def test_what_is_distilled_from_is_the_model_without_what_is_trained():
