@@ -31,7 +31,7 @@ from llmtune.forgetting import (
 )
 from llmtune.losses import classification_loss, kl_divergence
 from llmtune.training import AdapterPerTask, L2SPToLast, OverTasks, Replay, Task, TaskMethod, TaskRun
-from llmtune.training.sequence_methods import adapter_name
+from llmtune.training.sequence_adapters import adapter_name
 from llmtune.types import Batch, LossFunction
 from llmtune.weights import interpolate
 

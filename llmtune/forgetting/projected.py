@@ -133,7 +133,10 @@ class GradientProjectionMemory(Projected):
 
         Args:
             model: as the task has left it.
-            batches: some 100 examples of the task; see `input_basis`, whose errors it raises.
+            batches: some 100 examples of the task, dicts or pairs (inputs [n, ...], targets [n]), as for `input_basis`.
+
+        Raises:
+            ValueError, TypeError: as `input_basis`.
         """
         extent: dict[str, Any] = {"energy": self.energy, "rank": self.rank}
         self.kept = input_basis(model, batches, modules=self.modules, extend=self.kept, **extent)
@@ -184,13 +187,20 @@ class OrthogonalGradientDescent(Projected):
 
         Args:
             model: as the task has left it.
-            batches: the examples; see `gradient_directions`, whose errors it raises.
+            batches: the examples, dicts or pairs (inputs [n, ...], targets [n]), as for `gradient_directions`.
+
+        Raises:
+            ValueError, TypeError: as `gradient_directions`.
         """
         chosen: dict[str, Any] = {"most": self.most, "logits": self.logits, "parameters": self.parameters}
         self.kept = gradient_directions(model, batches, extend=self.kept or None, **chosen)
 
     def projection(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> JointProjection:
-        """See `Projected.projection`."""
+        """See `Projected.projection`.
+
+        Raises:
+            ValueError: a parameter that has directions is not trained, or is not the model's.
+        """
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         missing = sorted(self.kept.keys() - trained.keys())
         if missing:

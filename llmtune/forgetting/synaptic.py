@@ -203,17 +203,14 @@ class SynapticIntelligence(ImportancePenalty):
         """Turn the path into importance, and hold the model where it is now.
 
         Args:
-            model: as it is at the end of the task. An adapter that is to be merged is merged before, and after `fit`
-                (in a plain loop after `detach`).
+            model: as it is at the end of the task; an adapter may have been merged since `fit` or `detach`.
 
         Raises:
             ValueError: no step of the task was followed, the model is another, or a frozen weight has changed. Nothing
                 has changed then.
         """
         if not self.steps:
-            raise ValueError(
-                "SynapticIntelligence has followed no step of this task: attach it before training (TrainingLoop does)"
-            )
+            raise ValueError("SynapticIntelligence has followed no step of this task: attach it before training")
         names = list(dict.fromkeys([*self.importance, *self.path]))
         entries = choose_parameters(unwrap(model), names)
         found = {}
@@ -224,16 +221,14 @@ class SynapticIntelligence(ImportancePenalty):
                     f"{name} is {[*parameter.shape]} in the model and {[*shape]} in the path: another model's?"
                 )
             path = self.path.get(name)
-            merged = not entries[name].layers and not self.anchors[name].holds(parameter)
-            moved = self._moved.get(name) if merged else None
-            change = self.anchors[name].change(entries[name]) if moved is None else moved
+            merged = name in self._moved and not entries[name].layers and not self.anchors[name].holds(parameter)
+            change = self._moved[name] if merged else self.anchors[name].change(entries[name])
             found[name] = (
                 torch.zeros_like(change) if path is None
                 else path_importance(path.to(change.device), change, damping=self.damping)
             )  # fmt: skip
         self._hold(unwrap(model), found, what="path's importance")
-        self.path, self.steps = {name: torch.zeros_like(path) for name, path in self.path.items()}, 0
-        self._moved = {}
+        self.path, self.steps, self._moved = {name: torch.zeros_like(path) for name, path in self.path.items()}, 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all it has learned: importances, anchors and the running task's path, and the numbers."""

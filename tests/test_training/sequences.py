@@ -10,7 +10,8 @@ from llmtune.adapters.config import LoRA
 from llmtune.data.collate import collate_padded
 from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2
 from llmtune.training.sequence import TaskSequence
-from llmtune.training.sequence_methods import AdapterPerTask, DistillFromEarlier, EWCPerTask, L2SPToLast
+from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier
+from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.settings import LoopSettings
 from llmtune.types import Callback
