@@ -26,12 +26,12 @@ from llmtune.forgetting import (
     OrthogonalLoRA,
     SynapticIntelligence,
     inflora_start,
-    protected_inputs,
+    input_basis,
     with_teacher,
 )
 from llmtune.losses import classification_loss, kl_divergence
 from llmtune.training import AdapterPerTask, L2SPToLast, OverTasks, Replay, Task, TaskMethod, TaskRun
-from llmtune.training.sequence_methods import adapter_name
+from llmtune.training.sequence_adapters import adapter_name
 from llmtune.types import Batch, LossFunction
 from llmtune.weights import interpolate
 
@@ -206,21 +206,18 @@ class InfLoRA(TaskMethod):
     """InfLoRA's start and its memory of inputs, behind `AdapterPerTask`."""
 
     def __init__(self, energy: float) -> None:
-        self.energy, self.protected = energy, {}
+        self.energy, self.protected, self.places = energy, {}, []
 
     def before_task(self, run: TaskRun) -> None:
         """Set A."""
-        inflora_start(run.model, adapter_name(run.task.name), run.batches(EXAMPLES), protected=self.protected or None)
+        name = adapter_name(run.task.name)
+        report = inflora_start(run.model, name, run.batches(EXAMPLES), protected=self.protected or None)
+        self.places = list(report.rows)
 
     def after_task(self, run: TaskRun) -> None:
         """Protect the task's inputs."""
-        self.protected = protected_inputs(
-            run.model,
-            adapter_name(run.task.name),
-            run.batches(EXAMPLES),
-            energy=self.energy,
-            protected=self.protected or None,
-        )
+        batches = run.batches(EXAMPLES)
+        self.protected = input_basis(run.model, batches, energy=self.energy, modules=self.places, extend=self.protected)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the bases."""

@@ -123,6 +123,10 @@ class Anchor:
         held = self.base.parameter if isinstance(self.base, Pin) else self.base
         return torch.Size() if held is None else held.shape
 
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Return whether the value is still known: a weight that stands for its own copy has not changed."""
+        return not isinstance(self.base, Pin) or self.base.holds(parameter)
+
     @torch.no_grad()
     def change(self, entry: EffectiveParameter) -> Tensor:
         """Return theta - anchor as one tensor of the parameter's shape, in at least float32, without gradient.
@@ -170,7 +174,8 @@ class Anchor:
         elif not self.base.holds(parameter):
             raise ValueError(
                 f"{self.name} was frozen and stood for its own anchor, but has changed since (merged, or trained?): "
-                "undo that, or make the penalty anew with the anchor as tensors"
+                "undo that, or make the penalty anew with the anchor as tensors; an adapter that is merged at the end "
+                "of its task is merged before the penalty's finish_task"
             )
         if not parameter.requires_grad:
             return None

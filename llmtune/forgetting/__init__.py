@@ -12,8 +12,7 @@ from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import diagonal_fisher
 from llmtune.forgetting.gem import AveragedGEM, ReferenceProjection, averaged_gem, reference_gradients
 from llmtune.forgetting.gradient_directions import gradient_directions
-from llmtune.forgetting.inflora import InfLoRAReport, inflora_start, protected_inputs
-from llmtune.forgetting.input_directions import designed_rows, extended_basis
+from llmtune.forgetting.inflora import InfLoRAReport, designed_rows, inflora_start
 from llmtune.forgetting.mas import MemoryAwareSynapses, output_sensitivity
 from llmtune.forgetting.memory import penalty_memory
 from llmtune.forgetting.online_ewc import OnlineEWC
@@ -49,7 +48,6 @@ __all__ = [
     "designed_rows",
     "diagonal_fisher",
     "extend_basis",
-    "extended_basis",
     "gradient_directions",
     "greedy_agreement",
     "inflora_start",
@@ -62,7 +60,6 @@ __all__ = [
     "penalty_memory",
     "perplexity_change",
     "project_lora_a",
-    "protected_inputs",
     "protected_parameters",
     "reference_gradients",
     "retention",

@@ -75,9 +75,7 @@ def diagonal_fisher(
         computation of the Fisher information in continual learning". Libraries that square the gradient of a whole
         batch's mean loss get a matrix about B times too small, and one that depends on the batch size.
     """
-    for value, options, name in ((kind, Kind, "kind"), (unit, Unit, "unit")):
-        if value not in get_args(options):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(options))}; got {value!r}")
+    check_kind(kind, unit)
     if isinstance(batches, Mapping | Tensor):
         raise TypeError("batches must be a list, or another iterable, of batches; got a single one")
     inner = unwrap(model)
@@ -91,6 +89,13 @@ def diagonal_fisher(
         if not bool(total.isfinite().all()):
             raise ValueError(f"the Fisher information of {name} is not finite: the model gives NaN or overflows")
     return sums
+
+
+def check_kind(kind: str, unit: str) -> None:
+    """Raise ValueError where the kind of Fisher information, or its unit, is unknown."""
+    for value, options, name in ((kind, Kind, "kind"), (unit, Unit, "unit")):
+        if value not in get_args(options):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(options))}; got {value!r}")
 
 
 def _sums(

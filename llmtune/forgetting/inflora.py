@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmtune.adapters.attach import adapter_names, record_of
 from llmtune.adapters.config import LoRA
-from llmtune.adapters.layer import adapter_chain, named_places
+from llmtune.adapters.layer import adapter_chain, named_places, wide
 from llmtune.adapters.lora import LoRALinear, LowRankLayer
 from llmtune.errors import did_you_mean
-from llmtune.forgetting.input_directions import checked_basis, designed_rows, extended_basis
-from llmtune.forgetting.input_rows import Covariance, counted_rows, inputs_of
-from llmtune.modules import train_mode, unwrap
+from llmtune.forgetting.layer_inputs import second_moments
+from llmtune.forgetting.orthogonal import checked_columns, free_directions, without
+from llmtune.modules import unwrap
+from llmtune.types import Batch
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,11 @@ class InfLoRAReport:
 
 @torch.no_grad()
 def inflora_start(
-    model: nn.Module, name: str, batches: Iterable[Any], *, protected: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    name: str,
+    batches: Iterable[Batch | tuple[Tensor, Tensor]],
+    *,
+    protected: Mapping[str, Tensor] | None = None,
 ) -> InfLoRAReport:
     """Set the A of a new LoRA from the inputs of its task, orthogonal to the protected ones, and freeze it.
 
@@ -51,19 +53,20 @@ def inflora_start(
     rounding of A's dtype. The factor 1 / sqrt(3) is the authors' code's, whatever the inputs' scale: it is the expected
     length of a row of LoRA's usual start, uniform in +-1 / sqrt(in), so learning rates carry over.
 
-    Call it on every task after `AdapterStack.start` and before training; on the first without `protected`, which
-    afterwards comes from `protected_inputs`. `AdapterStack.save` keeps A and what is frozen.
+    Call it on every task after `AdapterStack.start` and before training. On the first there is no `protected`; after
+    each task it is `input_basis(model, batches, energy=0.95, modules=report.rows, extend=protected)`, the paper's
+    section 4.2. The complement that the authors store of a large basis (DualGPM) is the same projection in less memory,
+    and is not kept here. `AdapterStack.save` keeps A and what is frozen.
 
     Where we differ: a direction left over by rounding alone is no direction; its row is 0 (the code's may be any, a
-    protected one too). Padding is not counted as an input.
+    protected one too). Each example is run alone, and padding is no input.
 
     Args:
         model: with the adapter, as `AdapterStack.start` leaves it; the earlier adapters as the task will train on them.
         name: the adapter: a LoRA on linear layers and GPT-2's Conv1D, not yet trained.
-        batches: of the new task's training data: dicts for `model(**batch)`, or (inputs, targets) pairs; the same in
-            all processes.
-        protected: {bare name of a module, or of its weight: Q [in, k], orthonormal columns}, at least for every module
-            that the adapter goes to. Left out, nothing is protected: the first task.
+        batches: of the new task's training data, as for `input_basis`; the same in all processes.
+        protected: {bare name of a module: Q [in, k], orthonormal columns}, as `input_basis` gives it, for every module
+            that the adapter goes to or more. Left out, nothing is protected: the first task.
 
     Returns:
         What was set.
@@ -77,23 +80,29 @@ def inflora_start(
         >>> from llmtune.adapters import LoRA, attach
         >>> model = nn.Sequential(nn.Linear(5, 3))
         >>> _ = attach(model, LoRA(rank=2, alpha=2), "maths")
-        >>> inflora_start(model, "maths", [(torch.randn(7, 5), None)]).rows
+        >>> inflora_start(model, "maths", [(torch.randn(7, 5), torch.zeros(7))]).rows
         {'0': 2}
 
     Liang and Li 2024, "InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning", section 4 (where LoRA's
     A is called B); code: liangyanshuo/InfLoRA, `methods/inflora.py`.
     """
     model = unwrap(model)
-    layers = _fresh_layers(model, name)
+    layers, places = _fresh_layers(model, name), dict(named_places(model))
     bases = {place: _basis_of(place, protected, layer.lora_a.shape[1]) for place, layer in layers.items()}
-    _check_names(model, protected)
-    found = _collect(model, layers, batches)
-    rows = {
-        place: designed_rows(found[place].total, len(layer.lora_a), protected=bases[place])
-        for place, layer in layers.items()
-    }
+    for key in protected or {}:
+        if key not in places:
+            raise ValueError(f'protected names "{key}", which the model has not.{did_you_mean(key, places)}')
+    found = second_moments(model, {place: places[place] for place in layers}, batches)
+    rows = {}
+    for place, layer in layers.items():
+        try:
+            rows[place] = designed_rows(found[place].total(), len(layer.lora_a), protected=bases[place])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
     used = {place: int((a.abs().amax(1) > 0).sum()) for place, a in rows.items()}
     for place, count in used.items():
+        if count == 0 and bases[place] is None:
+            raise ValueError(f"all inputs of {place} are 0: leave it out of the targets")
         if count == 0:
             raise ValueError(
                 f"the protected inputs of {place} leave none of the new task's directions free: protect a smaller "
@@ -105,45 +114,60 @@ def inflora_start(
     return InfLoRAReport(name, used, {place: one.rows for place, one in found.items()})
 
 
-@torch.no_grad()
-def protected_inputs(
-    model: nn.Module, name: str, batches: Iterable[Any], *, energy: float, protected: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return the basis of the inputs to protect once a task is learned: the earlier one, extended by this task's.
+def designed_rows(moment: Tensor, rank: int, *, protected: Tensor | None = None) -> Tensor:
+    """Return the directions of the inputs that are largest once the protected ones are taken out.
+
+    The first r left singular vectors of (I - P) C, as rows, with C = X X^T and P = Q Q^T for the protected basis Q.
+
+    They lie in the span of U, the eigenvectors of (I - P) C (I - P) that are no rounding (`extend_basis` says which),
+    and are U V for the eigenvectors V of (U^T C)(U^T C)^T, which are found in half of the time of singular
+    vectors. Its eigenvalues are squares: those of singular values below 1e-4 of the largest have few digits, and are
+    found again in what is left without the larger ones.
 
     Args:
-        model: with the adapter, after its training.
-        name: the adapter, whose modules are meant.
-        batches: of the task's training data, as for `inflora_start`.
-        energy: the share of the inputs' energy that the basis must hold, above 0 and at most 1; see `extended_basis`.
-        protected: what this gave after the task before; modules of it that the adapter does not touch are kept.
+        moment: C = X X^T, [in, in], of the inputs X [in, n], up to any factor; finite.
+        rank: r, at least 1.
+        protected: Q, [in, k], with orthonormal columns.
 
     Returns:
-        {bare name of a module: [in, k]}, float32 tensors, which safetensors saves as they are.
+        [r, in], in C's dtype, at least float32; rows orthonormal and orthogonal to Q; rows of zeros where fewer than r
+        directions are left.
 
     Raises:
-        ValueError: as `inflora_start`, but that the adapter may be trained, and a basis may be missing.
+        ValueError: a size or the rank is out of range, or Q's columns are not orthonormal.
 
     Example:
-        >>> from llmtune.adapters import LoRA, attach
-        >>> model = nn.Sequential(nn.Linear(5, 3))
-        >>> _ = attach(model, LoRA(rank=2, alpha=2), "maths")
-        >>> protected_inputs(model, "maths", [(torch.eye(5)[:2], None)], energy=0.99)["0"].shape
-        torch.Size([5, 2])
-
-    Liang and Li 2024, section 4.2, after Saha et al. 2021. The complement that they store of a large basis (DualGPM)
-    saves memory and is the same projection; it is not kept here.
+        >>> designed_rows(torch.diag(torch.tensor([5.0, 3.0, 1.0])), 1, protected=torch.eye(3)[:, :1]).abs()
+        tensor([[0., 1., 0.]])
     """
-    model = unwrap(model)
-    layers = _layers(model, name)
-    _check_names(model, protected)
-    sizes = {place: layer.lora_a.shape[1] for place, layer in layers.items()}
-    bases = {p: None if _key(p, protected) is None else _basis_of(p, protected, n) for p, n in sizes.items()}
-    extended_basis(torch.ones(1, 1), energy)  # checked before the work
-    found = _collect(model, layers, batches)
-    own = {_key(place, protected) for place in layers}
-    kept = {key: basis.clone() for key, basis in (protected or {}).items() if key not in own}
-    return kept | {p: extended_basis(found[p].total, energy, protected=bases[p]) for p in layers}
+    if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+        raise ValueError(f"the second moment of inputs is square, [in, in]; got {[*moment.shape]}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= len(moment):
+        raise ValueError(f"the rank must be a whole number from 1 to {len(moment)}, the inputs' size; got {rank!r}")
+    moment = wide(moment)
+    basis = moment[:, :0]
+    if protected is not None:
+        basis = checked_columns(protected, len(moment), "the protected basis").to(moment)
+    _, free = free_directions(moment, basis)
+    count = min(rank, free.shape[1])
+    if basis.shape[1]:
+        free = free @ _left_singular_vectors(free.T @ moment, count)
+    found = without(free[:, :count], basis)
+    return nn.functional.pad(found.T, (0, 0, 0, rank - count))
+
+
+def _left_singular_vectors(matrix: Tensor, count: int) -> Tensor:
+    """Return the first left singular vectors, [n, count], of a matrix [n, m], by symmetric decompositions."""
+    found = matrix.new_zeros(len(matrix), 0)
+    exact = torch.finfo(matrix.dtype).eps ** 0.5  # of the largest square: smaller ones have lost half of their digits
+    while found.shape[1] < count:
+        squares, vectors = torch.linalg.eigh(matrix @ matrix.T)
+        more = vectors[:, squares > exact * squares[-1]].flip(1)[:, : count - found.shape[1]]
+        if not more.shape[1]:
+            break
+        found = torch.linalg.qr(torch.cat([found, more], dim=1)).Q
+        matrix = matrix - found @ (found.T @ matrix)
+    return found
 
 
 def _layers(model: nn.Module, name: str) -> dict[str, LowRankLayer]:
@@ -183,59 +207,12 @@ def _fresh_layers(model: nn.Module, name: str) -> dict[str, LowRankLayer]:
     return layers
 
 
-def _key(place: str, protected: Mapping[str, Tensor] | None) -> str | None:
-    return next((key for key in (place, f"{place}.weight") if key in (protected or {})), None)
-
-
 def _basis_of(place: str, protected: Mapping[str, Tensor] | None, size: int) -> Tensor | None:
     if protected is None:
         return None
-    key = _key(place, protected)
-    if key is None:
+    if place not in protected:
         raise ValueError(
             f'protected has no basis for "{place}", which the adapter goes to, so that earlier tasks would not be '
             f"protected there: give an empty one, [{size}, 0], if that is meant.{did_you_mean(place, protected)}"
         )
-    return checked_basis(protected[key], size, place)
-
-
-def _check_names(model: nn.Module, protected: Mapping[str, Tensor] | None) -> None:
-    places = [place for place, _ in named_places(model)]
-    for key in protected or {}:
-        if key not in places and key.removesuffix(".weight") not in places:
-            raise ValueError(f'protected names "{key}", which the model has not.{did_you_mean(key, places)}')
-
-
-def _collect(model: nn.Module, layers: Mapping[str, LowRankLayer], batches: Iterable[Any]) -> dict[str, Covariance]:
-    """Run the batches in eval mode and return X X^T of every layer's inputs."""
-    found = {place: Covariance() for place in layers}
-    if isinstance(batches, Mapping | str):
-        raise ValueError("batches must be an iterable of batches; got a single one: put it into a list")
-    with train_mode(model, False):
-        for batch in batches:
-            with _watching(model, layers, found, batch):
-                if isinstance(batch, Mapping):
-                    model(**inputs_of(model, batch))
-                else:
-                    model(batch[0])
-    for place, one in found.items():
-        if one.rows == 0:
-            raise ValueError(f"no input has reached {place}: batches is empty, all padding, or the model skips it")
-        if not bool(one.total.isfinite().all()):
-            raise ValueError(f"the inputs of {place} are not finite")
-    return found
-
-
-@contextmanager
-def _watching(
-    model: nn.Module, layers: Mapping[str, LowRankLayer], found: Mapping[str, Covariance], batch: Any
-) -> Iterator[None]:
-    def take(place: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        found[place].add(args[0], counted_rows(model, place, batch, args[0].shape[:-1]))
-
-    handles = [layer.register_forward_pre_hook(partial(take, place)) for place, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return checked_columns(protected[place], size, f"the protected basis of {place}")

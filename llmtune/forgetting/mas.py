@@ -88,7 +88,7 @@ class MemoryAwareSynapses(ImportancePenalty):
     Omega is the sum over tasks of `output_sensitivity`, the anchor is where the model was at the end of the latest
     task, theta is the effective parameter, as in `EWC`; before the first task is finished the penalty is 0. It needs no
     labels, so a task can be finished on any text that the model is to go on treating as it does. Merge an adapter
-    before `finish_task`, not after.
+    before `finish_task`, not after, and say by `parameters` what it had changed, or all weights are held.
 
     All of it, tensors included, is in `state_dict`, and so in every checkpoint of a run. It has no hooks: it works in
     `TrainingLoop`, in a plain loop and in Hugging Face's Trainer.

@@ -24,7 +24,8 @@ class OnlineEWC(ImportancePenalty):
     The anchor is where the model was at the end of the latest task; before the first is finished the penalty is 0.
     theta is the effective parameter, as in `EWC`: under LoRA W + s B A, with the frozen W as its own anchor. (A and B
     apart would not do: the Fisher information of A is exactly 0 while B = 0.) Merge an adapter before `finish_task`,
-    not after: the anchor's frozen weight would have changed, which raises.
+    not after: the anchor's frozen weight would have changed, which raises. Say by `parameters` what it had changed, for
+    without the adapter all weights count as trained and would be held.
 
     All of it, tensors included, is in `state_dict`, and so in every checkpoint of a run. It has no hooks: it works in
     `TrainingLoop`, in a plain loop (`(loss + penalty(model)).backward()`, once a step) and in Hugging Face's Trainer.

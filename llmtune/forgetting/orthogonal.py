@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.layer import bare_module, named_places
+from llmtune.adapters.layer import bare_module, wide
 from llmtune.errors import did_you_mean
-from llmtune.forgetting.likelihood import INPUTS, with_decoder_inputs
-from llmtune.gradients.examples import split_examples
-from llmtune.losses.head import model_inputs
-from llmtune.modules import check_module, reference_pass, unwrap
+from llmtune.forgetting.layer_inputs import inputs_of, linear_places, second_moments
+from llmtune.modules import check_module, unwrap
 from llmtune.optim.update_projection import check_basis
 from llmtune.types import Batch
 
@@ -39,7 +35,7 @@ def extend_basis(
 
     Args:
         moment: C, [in, in], symmetric.
-        basis: M, [in, m], orthonormal columns, or None. Its columns come back as they are, first.
+        basis: M, [in, m], orthonormal columns (none where m = 0), or None. They come back as they are, first.
         energy: the share of the inputs' squared length to be within the span, above 0, at most 1; left out, 0.95.
         rank: in place of energy: how many directions to add, where there are so many.
 
@@ -62,33 +58,62 @@ def extend_basis(
 
     Saha et al. 2021, "Gradient projection memory for continual learning", equations 5, 8 and 9.
     """
-    energy = check_extent(energy, rank)
-    if not bool(moment.isfinite().all()):
-        raise ValueError("the inputs are not finite: the model gives NaN or overflows")
-    kind = torch.promote_types(moment.dtype, torch.float32)
-    known = moment.new_zeros(len(moment), 0, dtype=kind)
-    if basis is not None:
-        check_basis(basis, moment.shape[:1], what="the basis to extend")
-        known = basis.to(moment)
-    total = float(moment.trace())
+    energy, moment = check_extent(energy, rank), wide(moment)
+    known = moment[:, :0] if basis is None else checked_columns(basis, len(moment), "the basis to extend").to(moment)
+    values, vectors = free_directions(moment, known)
+    most, total = len(values), float(moment.trace())
     if total == 0 and basis is None:
         raise ValueError("all inputs are 0: they span nothing to protect")
+    if rank is not None:
+        count = min(rank, most)
+    elif energy == 1:
+        count = most
+    else:
+        held = (known * (moment @ known)).sum()  # tr(M^T C M)
+        before = values.cumsum(0) - values  # what is covered of the rest without the i-th
+        count = int((held + before < energy * total).sum())
+    made = without(vectors[:, :count], known).to(
+        torch.float32 if basis is None else torch.promote_types(basis.dtype, torch.float32)
+    )
+    return made.contiguous() if basis is None else torch.cat([basis.to(made), made], dim=1)
+
+
+def free_directions(moment: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the directions of inputs outside a subspace, and how much of the inputs' energy each holds.
+
+    (I - M M^T) C (I - M M^T) = sum_i s_i u_i u_i^T, without those that rounding alone may have left.
+
+    Args:
+        moment: C, [in, in], symmetric, in float32 or float64.
+        basis: M, [in, m], orthonormal columns (not checked); m may be 0.
+
+    Returns:
+        s [k], falling; and u [in, k], orthonormal columns, orthogonal to M, but for rounding; in C's dtype.
+
+    Raises:
+        ValueError: C is not finite.
+    """
+    if not bool(moment.isfinite().all()):
+        raise ValueError("the inputs are not finite: the model gives NaN or overflows")
+    known = basis.to(moment)
     rest = moment - known @ (known.T @ moment)
     rest = rest - (rest @ known) @ known.T
     values, vectors = torch.linalg.eigh((rest + rest.T) / 2)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    values, vectors = values.flip(0), vectors.flip(1)
     noise = max(NOISE, 10 * torch.finfo(moment.dtype).eps)
-    most = min(int((values > noise * total).sum()), len(moment) - known.shape[1])
-    if rank is not None:
-        count = min(rank, most)
-    else:
-        missing = energy * total - (total - float(rest.trace()))
-        before = values.cumsum(0) - values  # what is covered without the i-th
-        count = min(most, int((before < missing).sum())) if energy < 1 else most
-    new = vectors[:, :count]
-    new = torch.linalg.qr(new - known @ (known.T @ new)).Q
-    made = new.to(torch.float32 if basis is None else torch.promote_types(basis.dtype, torch.float32))
-    return made.contiguous() if basis is None else torch.cat([basis.to(made), made], dim=1)
+    count = min(int((values > noise * moment.trace()).sum()), len(moment) - known.shape[1])
+    values, vectors = values[:count], vectors[:, :count]
+    return values, vectors - known @ (known.T @ vectors)  # rounding leaves more of M in those of less energy
+
+
+def without(vectors: Tensor, basis: Tensor) -> Tensor:
+    """Return directions made orthonormal, and orthogonal to a subspace, to the last bits.
+
+    Args:
+        vectors: [in, k], orthonormal columns but for rounding.
+        basis: [in, m], orthonormal columns; m may be 0.
+    """
+    return torch.linalg.qr(vectors - basis @ (basis.T @ vectors)).Q
 
 
 def input_basis(
@@ -145,18 +170,15 @@ def input_basis(
     """
     check_module(model)
     check_extent(energy, rank)
-    if isinstance(batches, Mapping | Tensor):
-        raise TypeError("batches must be a list, or another iterable, of batches; got a single one")
     inner = unwrap(model)
     places = _linear_places(inner, modules)
     extend = extend or {}
     for name, basis in extend.items():
         if name in places:
-            check_basis(basis, torch.Size([inputs_of(places[name])]), what=f"the basis of {name}")
-    moments = _second_moments(inner, places, batches)
+            checked_columns(basis, inputs_of(places[name]), f"the basis of {name}")
     bases = dict(extend)
-    for name, moment in moments.items():
-        old = extend.get(name)
+    for name, one in second_moments(inner, places, batches).items():
+        moment, old = one.total(), extend.get(name)
         try:
             old = old.to(moment.device) if old is not None else None
             bases[name] = extend_basis(moment, old, energy=energy, rank=rank)
@@ -165,29 +187,16 @@ def input_basis(
     return bases
 
 
-def linear_places(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer, as it stands now with its adapters, by its bare name.
+def checked_columns(basis: Tensor, size: int, what: str) -> Tensor:
+    """Return a basis, [size, k] with orthonormal columns; k may be 0 here, where nothing is protected so far.
 
-    Args:
-        model: any module, with or without adapters and wrappers.
+    Raises:
+        ValueError: it is none; `what` begins the sentence.
+        TypeError: it is no tensor of floats.
     """
-    return {name: module for name, module in named_places(unwrap(model)) if is_linear(bare_module(module))}
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a bare module is a linear layer: `nn.Linear` or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or has_inputs_first(module)
-
-
-def has_inputs_first(module: nn.Module) -> bool:
-    """Return whether a bare module keeps its weight as [in, out]: GPT-2's Conv1D."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def inputs_of(place: nn.Module) -> int:
-    """Return how many inputs a linear layer has, with its adapters or without."""
-    bare: Any = bare_module(place)
-    return int(bare.weight.shape[0] if has_inputs_first(bare) else bare.in_features)
+    if not isinstance(basis, Tensor) or basis.shape != (size, 0):
+        check_basis(basis, torch.Size([size]), what=what)
+    return basis
 
 
 def check_extent(energy: float | None, rank: int | None) -> float:
@@ -230,43 +239,3 @@ def _linear_places(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
         why = "none is trained" if modules is None else "nothing matches"
         raise ValueError(f"none of the model's {len(every)} linear layers is chosen: {why}")
     return chosen
-
-
-@torch.no_grad()
-def _second_moments(model: nn.Module, places: Mapping[str, nn.Module], batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Return the sum of x x^T over all inputs x of each layer, [in, in]."""
-    moments: dict[str, Tensor] = {}
-    device = next(model.parameters()).device
-
-    def watch(name: str) -> Callable[..., None]:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args or not isinstance(args[0], Tensor):
-                raise ValueError(f"{name} is called without a tensor as its first argument: leave it out of modules")
-            x = args[0].reshape(-1, args[0].shape[-1])
-            x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple's GPUs have no float64
-            moments[name] = torch.addmm(moments[name], x.T, x) if name in moments else x.T @ x
-
-        return add
-
-    with ExitStack() as stack, reference_pass(model):
-        for name, place in places.items():
-            stack.callback(place.register_forward_pre_hook(watch(name)).remove)
-        for batch in batches:
-            for example in _examples(model, batch, device):
-                model(example[INPUTS]) if INPUTS in example else model(**model_inputs(model, example))
-    for name in places:
-        if name not in moments:
-            raise ValueError(f"{name} has had no input: there are no batches, or the model does not call it")
-    return {name: moments[name] for name in places}
-
-
-def _examples(model: nn.Module, batch: Any, device: torch.device) -> Iterator[Batch]:
-    """Yield what the model is run on: a dict's examples one by one, a pair's inputs as they are."""
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor):
-        yield {INPUTS: batch[0].to(device)}
-        return
-    if not isinstance(batch, dict):
-        raise TypeError(f"a batch must be a dict of tensors or a pair (inputs, targets); got {type(batch).__name__}")
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    for example in split_examples(model, moved):
-        yield with_decoder_inputs(model, example) if "labels" in example else example

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmtune.adapters.layer import AdapterLayer, adapter_chain, bare_module
 from llmtune.adapters.lora import LoRAConv1D, LoRALinear
 from llmtune.errors import did_you_mean
-from llmtune.forgetting.orthogonal import has_inputs_first, inputs_of, linear_places
+from llmtune.forgetting.layer_inputs import has_inputs_first, inputs_of, linear_places
 from llmtune.optim.changed_update import full_float32, wide
 from llmtune.optim.update_projection import Directions, check_basis
 

@@ -107,6 +107,7 @@ class SynapticIntelligence(ImportancePenalty):
         self._gradients: dict[str, Tensor] | None = None
         self._began = False
         self._change: StepChange | None = None
+        self._moved: dict[str, Tensor] = {}  # how far the task went in weights under adapters, when it was detached
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Follow every step of the optimizer from now on; a task that was begun before goes on.
@@ -151,13 +152,20 @@ class SynapticIntelligence(ImportancePenalty):
             if name not in self.path:
                 wide = torch.promote_types(entry.parameter.dtype, torch.float32)
                 self.path[name] = torch.zeros_like(entry.parameter, dtype=wide, requires_grad=False)
-        self._entries = followed
+        self._entries, self._moved = followed, {}
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)
         ]  # fmt: skip
 
     def detach(self) -> None:
-        """Follow no more; what was collected stays. Nothing where it is not attached."""
+        """Follow no more; what was collected stays, so adapters may be merged now. Nothing where it is not attached."""
+        entries = self._entries
+        self._let_go()
+        for name, entry in entries.items() if self.steps else ():
+            if entry.layers and self.anchors[name].holds(entry.parameter):
+                self._moved[name] = self.anchors[name].change(entry)
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._lower()
@@ -197,16 +205,14 @@ class SynapticIntelligence(ImportancePenalty):
         """Turn the path into importance, and hold the model where it is now.
 
         Args:
-            model: as it is at the end of the task.
+            model: as it is at the end of the task; an adapter may have been merged since `fit` or `detach`.
 
         Raises:
             ValueError: no step of the task was followed, the model is another, or a frozen weight has changed. Nothing
                 has changed then.
         """
         if not self.steps:
-            raise ValueError(
-                "SynapticIntelligence has followed no step of this task: attach it before training (TrainingLoop does)"
-            )
+            raise ValueError("SynapticIntelligence has followed no step of this task: attach it before training")
         names = list(dict.fromkeys([*self.importance, *self.path]))
         entries = choose_parameters(unwrap(model), names)
         found = {}
@@ -217,13 +223,14 @@ class SynapticIntelligence(ImportancePenalty):
                     f"{name} is {[*parameter.shape]} in the model and {[*shape]} in the path: another model's?"
                 )
             path = self.path.get(name)
-            change = self.anchors[name].change(entries[name])
+            merged = name in self._moved and not entries[name].layers and not self.anchors[name].holds(parameter)
+            change = self._moved[name] if merged else self.anchors[name].change(entries[name])
             found[name] = (
                 torch.zeros_like(change) if path is None
                 else path_importance(path.to(change.device), change, damping=self.damping)
             )  # fmt: skip
         self._hold(unwrap(model), found, what="path's importance")
-        self.path, self.steps = {name: torch.zeros_like(path) for name, path in self.path.items()}, 0
+        self.path, self.steps, self._moved = {name: torch.zeros_like(path) for name, path in self.path.items()}, 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all it has learned: importances, anchors and the running task's path, and the numbers."""
@@ -258,7 +265,7 @@ class SynapticIntelligence(ImportancePenalty):
 
     def on_exception(self, loop: Any, error: BaseException) -> None:
         """Detach."""
-        self.detach()
+        self._let_go()
 
     def _numbers(self) -> dict[str, Any]:
         return {**super()._numbers(), "damping": self.damping}

@@ -26,7 +26,7 @@ from llmtune.training.history import History
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.randomness import derive_seed, seed_everything
 from llmtune.training.resume import check_writable, refuse_used_folder
-from llmtune.training.sequence_score import Score, accuracy_score, loss_score, scored
+from llmtune.training.sequence_score import Score, accuracy_score, loss_score, score_of
 from llmtune.training.sequence_state import checksums, load_model, model_state, plan_state, same_plan
 from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 from llmtune.training.settings import LoopSettings
@@ -42,14 +42,15 @@ class SequenceHistory:
 
     Attributes:
         tasks: the names of all tasks, in order.
-        baseline: the score of each task before the first was trained; empty without scoring.
-        scores: scores[t][i] is that of task i after task t was trained; a row a finished task, empty without scoring.
+        baseline: the score of each task before the first was trained; empty without scoring, or of seen tasks alone.
+        scores: scores[t][i] is that of task i after task t was trained, None where it was not asked for; a row a
+            finished task, empty without scoring.
         loops: the history of each finished task's loop.
     """
 
     tasks: list[str]
     baseline: list[float] = field(default_factory=list)
-    scores: list[list[float]] = field(default_factory=list)
+    scores: list[list[float | None]] = field(default_factory=list)
     loops: list[History] = field(default_factory=list)
 
 
@@ -71,8 +72,9 @@ class TaskSequence:
         collate: makes a batch of rows, as for `TrainingLoop`.
         loss: a `LossFunction`.
         score: "accuracy" of a classifier; "loss", minus the mean loss; a function of (model, task), called in eval mode
-            and without gradients, higher meaning better; or None to score nothing. Every task is scored before the
-            first and after each.
+            and without gradients, higher meaning better; or None to score nothing.
+        scored: "all": every task before the first and after each, (T + 1) T times in all. "seen": after each task those
+            up to it, T (T + 1) / 2 times: forward transfer, which is about tasks to come, is then not known.
         loop: what makes a task's loop: `TrainingLoop`, a subclass, or a function that takes what it takes.
         clear: whether a finished task's own checkpoints are removed; they take the room of the model and the
             optimizer's state each time.
@@ -102,6 +104,7 @@ class TaskSequence:
         collate: Callable[[list[Any]], Batch] = collate_packed,
         loss: LossFunction = causal_lm_loss,
         score: Literal["accuracy", "loss"] | Score | None = "loss",
+        scored: Literal["all", "seen"] = "all",
         loop: Callable[..., Any] = TrainingLoop,
         clear: bool = False,
     ) -> None:
@@ -110,9 +113,11 @@ class TaskSequence:
             raise ValueError("a sequence keeps the whole model between tasks: train it without sharding")
         self.model, self.tasks, self.settings, self.methods = model, list(tasks), settings, list(methods)
         self.collate, self.loss, self.make_loop, self.clear = collate, loss, loop, clear
-        self.score = self._score(score)
+        if scored not in ("all", "seen"):
+            raise ValueError(f'scored must be "all" or "seen", which tasks are scored after each; got {scored!r}')
+        self.score, self.scored = self._score(score), scored
         _check(self.tasks, self.methods, scoring=self.score is not None)
-        self.plan = plan_state(self.tasks, settings, self.methods, self.score is not None)
+        self.plan = plan_state(self.tasks, settings, self.methods, "nothing" if self.score is None else scored)
         self.history = SequenceHistory([task.name for task in self.tasks])
         self.ranks = Ranks(model)
         self.run_now: TaskRun | None = None  # the task under way, or the last one
@@ -151,7 +156,7 @@ class TaskSequence:
         if (folder := self.settings.folder) is not None:
             self.ranks.in_main(partial(check_writable, Path(folder)))
         self._start, self._given = checksums(unwrap(self.model)), adapter_names(unwrap(self.model))
-        self.history.baseline = self._scores()
+        self.history.baseline = self._scores(self.tasks if self.scored == "all" else [])
         self._save()
 
     def _train(self, index: int) -> None:
@@ -162,7 +167,8 @@ class TaskSequence:
         self._hooks("after_task", run)
         self.history.loops.append(History(found))
         if self.score is not None:
-            self.history.scores.append(self._scores())
+            found = self._scores(self.tasks if self.scored == "all" else self.tasks[: index + 1])
+            self.history.scores.append([*found, *[None] * (len(self.tasks) - len(found))])
         self._save()
         if self.clear and run.settings.folder is not None:
             self.ranks.in_main(partial(_remove_checkpoints, Path(run.settings.folder)))
@@ -184,16 +190,16 @@ class TaskSequence:
             seed_everything(run.settings.seed, name, place)
             getattr(method, name)(run)
 
-    def _scores(self) -> list[float]:
-        """Return the score of every task, each under what the methods put in place for it."""
+    def _scores(self, tasks: Sequence[Task]) -> list[float]:
+        """Return the score of each of these tasks, each under what the methods put in place for it."""
         if self.score is None:
             return []
         found = []
-        for task in self.tasks:
+        for task in tasks:
             with ExitStack() as around:
                 for method in self.methods:
                     around.enter_context(method.around_scoring(self.model, task))
-                found.append(scored(self.score, self.model, task, seed=self.settings.seed))
+                found.append(score_of(self.score, self.model, task, seed=self.settings.seed))
         return found
 
     def _score(self, score: Any) -> Score | None:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmtune.adapters.effective import anchor_of, choose_parameters
-from llmtune.adapters.merge import merge
-from llmtune.adapters.record import AdapterConfig
-from llmtune.adapters.stack import AdapterStack
-from llmtune.errors import did_you_mean
-from llmtune.forgetting.distillation import DistillToBase
 from llmtune.forgetting.ewc import EWC
-from llmtune.forgetting.fisher import diagonal_fisher
-from llmtune.modules import unwrap
+from llmtune.forgetting.fisher import check_kind, diagonal_fisher
 from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.training.part_trains import check_whole
-from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
+from llmtune.training.sequence_task import TaskMethod, TaskRun
 from llmtune.types import Callback
 
 
@@ -41,7 +33,8 @@ class EWCPerTask(TaskMethod):
             the methods before this one have arranged it.
 
     Raises:
-        ValueError: strength is negative or not finite, or `examples` is no whole number of at least 1.
+        ValueError: strength is negative or not finite, `examples` is no whole number of at least 1, or kind or unit is
+            unknown.
 
     Reference:
         Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", equation 3; that old tasks'
@@ -61,6 +54,7 @@ class EWCPerTask(TaskMethod):
         check_strength("strength", strength)
         if examples is not None:
             check_whole("examples", examples)
+        check_kind(kind, unit)
         self.strength, self.kind, self.unit = float(strength), kind, unit
         self.examples, self.parameters = examples, parameters
         self.held: dict[str, dict[str, Mapping[str, Tensor]]] = {}  # by task: "fisher" and "anchor"
@@ -106,91 +100,6 @@ class L2SPToLast(TaskMethod):
         """Add the penalty, anchored at the model as it is."""
         if run.index:
             run.penalties.append(L2SP(run.model, self.strength, new=self.new))
-
-
-class DistillFromEarlier(TaskMethod):
-    """Learning without forgetting: predictions may move no further than they must from those of the earlier model.
-
-    The earlier model is this one with only those adapters left on that are not being trained: with an adapter a task
-    (`AdapterPerTask`, which stands before this method) the model before the task; with one adapter for all of them the
-    base. Needs adapters; see `DistillToBase`.
-
-    Args:
-        strength: 0 or more.
-        temperature: larger than 0.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-
-    def __init__(self, strength: float, *, temperature: float = 1.0) -> None:
-        DistillToBase(strength=strength, temperature=temperature)  # checks them
-        self.strength, self.temperature = float(strength), float(temperature)
-
-    def before_task(self, run: TaskRun) -> None:
-        """Put the distillation around the loss."""
-        stack = AdapterStack(unwrap(run.model))
-        teacher = tuple(name for name in stack.active if name not in stack.trained)
-        run.loss = DistillToBase(run.loss, strength=self.strength, temperature=self.temperature, teacher=teacher)
-
-
-class AdapterPerTask(TaskMethod):
-    """A new adapter for each task, the earlier ones frozen and left on, or merged into the weights.
-
-    It stands before the methods that hold or distil, which look at what is trained.
-
-    Args:
-        config: of every task's adapter: `LoRA(...)`, or another record.
-        merge: fold each task's adapter into the weights for good when the task has ended, so that none is left between
-            tasks. What holds the model then stands after this method, and sees it merged.
-        also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
-            head that goes on from task to task.
-
-    Raises:
-        TypeError: `also` is one string.
-    """
-
-    def __init__(self, config: AdapterConfig, *, merge: bool = False, also: Collection[str] = ()) -> None:
-        if isinstance(also, str):
-            raise TypeError(f"also must be a list of beginnings of names; got the one string {also!r}")
-        self.config, self.merge, self.also = config, merge, tuple(also)
-
-    def before_task(self, run: TaskRun) -> None:
-        """Attach the task's adapter, under the task's name (`adapter_name`).
-
-        Raises:
-            ValueError: `also` names what the model has not; and as `attach`.
-        """
-        model = unwrap(run.model)
-        names = [name for name, _ in model.named_parameters()]
-        for start in self.also:
-            if not any(name.startswith(start) for name in names):
-                raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
-        AdapterStack(model).start(self.config, adapter_name(run.task.name))
-        for name, parameter in model.named_parameters():
-            if self.also and name.startswith(self.also):
-                parameter.requires_grad_(True)
-
-    def after_task(self, run: TaskRun) -> None:
-        """Merge the task's adapter, where that is asked for.
-
-        Raises:
-            ValueError: as `merge`.
-        """
-        if self.merge:
-            merge(run.model, adapter_name(run.task.name), keep_base=False)
-
-    def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
-        """Attach the finished tasks' adapters, but for those that were merged."""
-        for task in () if self.merge else finished:
-            AdapterStack(unwrap(model)).start(self.config, adapter_name(task.name))
-
-
-def adapter_name(task: str) -> str:
-    """Return what a task's adapter is called: the task's name; or, where no adapter may be called that, what of it may
-    stand and a checksum, so that no two tasks share a name."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", task).strip("-_")
-    return plain if plain == task else f"{plain or 'task'}-{zlib.crc32(task.encode()):08x}"
 
 
 class OverTasks(TaskMethod):

@@ -77,7 +77,7 @@ def loss_score(
 
 
 @torch.no_grad()
-def scored(score: Score, model: nn.Module, task: Task, *, seed: int) -> float:
+def score_of(score: Score, model: nn.Module, task: Task, *, seed: int) -> float:
     """Return `score(model, task)`, called in eval mode, without gradients, from one random state for every call.
 
     Raises:

@@ -111,7 +111,7 @@ def load_model(
 
 
 def plan_state(
-    tasks: Sequence[Task], settings: LoopSettings, methods: Sequence[TaskMethod], scoring: bool
+    tasks: Sequence[Task], settings: LoopSettings, methods: Sequence[TaskMethod], scoring: str
 ) -> dict[str, Any]:
     """Return what a resumed sequence must share with the one it goes on with, as JSON values."""
     own = [task.settings_of(settings).what_changes_the_result() for task in tasks]

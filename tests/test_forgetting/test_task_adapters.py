@@ -7,7 +7,7 @@ from llmtune.adapters import AdapterStack, LoRA, adapter_parameters, attach
 from llmtune.adapters.attach import adapter_layers
 from llmtune.data.collate import collate_padded
 from llmtune.errors import CheckpointError
-from llmtune.forgetting import SLAO, OrthogonalLoRA, inflora_start, protected_inputs
+from llmtune.forgetting import SLAO, OrthogonalLoRA, inflora_start, input_basis
 from llmtune.integrations import with_loss
 from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.classification import classification_loss
@@ -79,14 +79,14 @@ def test_a_new_adapter_for_every_task(kind, method, tmp_path):
         old = {name: [p.clone() for p in adapter_parameters(stack.model, name).values()] for name in stack.names[:-1]}
         batches = [collate(rows_of(kind, number))]
         if method == "InfLoRA":
-            inflora_start(stack.model, task, batches, protected=protected)
+            report = inflora_start(stack.model, task, batches, protected=protected)
         history = fit(kind, stack.model, number, penalties=[penalty] if method == "O-LoRA" else ())
         if method == "O-LoRA":
             assert (history[-1]["penalty"] > 0) == (number > 0)
             assert all(value < 1 for value in penalty.report(stack.model).cosines.values())
         if method == "InfLoRA":
             check_untouched(stack.model, task, protected)
-            protected = protected_inputs(stack.model, task, batches, energy=0.5, protected=protected)
+            protected = input_basis(stack.model, batches, energy=0.5, modules=report.rows, extend=protected)
         for name, parameters in old.items():
             now = adapter_parameters(stack.model, name).values()
             assert all(torch.equal(p, q) for p, q in zip(parameters, now, strict=True))

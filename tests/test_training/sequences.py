@@ -20,14 +20,8 @@ from llmtune.forgetting import (
 )
 from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2
 from llmtune.training.sequence import TaskSequence
-from llmtune.training.sequence_methods import (
-    AdapterPerTask,
-    DistillFromEarlier,
-    EWCPerTask,
-    L2SPToLast,
-    OverTasks,
-    Replay,
-)
+from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier
+from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, Replay
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.settings import LoopSettings
 from llmtune.types import Callback

@@ -13,13 +13,16 @@ from llmtune.adapters.config import LoRA
 from llmtune.adapters.merge import merge
 from llmtune.data.collate import collate_padded
 from llmtune.errors import CheckpointError
+from llmtune.losses.causal_lm import causal_lm_loss
 from llmtune.losses.classification import classification_loss
+from llmtune.metrics.continual import ContinualMatrix
 from llmtune.testing.models import tiny_gpt2, tiny_llama
 from llmtune.training.checkpoint_folder import list_checkpoints
 from llmtune.training.checkpoint_read import read_checkpoint
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.randomness import derive_seed
 from llmtune.training.sequence import TaskSequence
+from llmtune.training.sequence_score import loss_score
 from llmtune.training.sequence_task import Task, TaskMethod
 
 
@@ -52,6 +55,27 @@ def test_each_task_is_the_loop_that_one_would_write_and_its_score_the_loops_loss
     assert [rows.column("loss") for rows in history.loops] == losses
     assert history.tasks == list(NAMES)
     torch.testing.assert_close(torch.tensor([history.baseline, *history.scores]), torch.tensor([baseline, *scores]))
+
+
+def test_tasks_seen_so_far_are_scored_alone_where_that_is_asked_for(tmp_path):
+    whole = sequence().run()
+    asked = []
+
+    def score(model, task):
+        asked.append(task.name)
+        return loss_score(model, task, collate=collate_padded, settings=settings(), loss=causal_lm_loss)
+
+    history = sequence(folder=tmp_path, scored="seen", score=score).run()
+    assert asked == ["maths", "maths", "french", "maths", "french", "law"]
+    assert history.baseline == []
+    expected = [[s if i <= t else None for i, s in enumerate(row)] for t, row in enumerate(whole.scores)]
+    assert history.scores == expected
+    assert sequence(folder=tmp_path, scored="seen", score=score).run(resume=True).scores == expected
+    assert "forward_transfer" not in ContinualMatrix(history.scores).summary()
+    with pytest.raises(CheckpointError, match="scoring of the sequence: seen in the run, all now"):
+        sequence(folder=tmp_path).run(resume=True)
+    with pytest.raises(ValueError, match='scored must be "all" or "seen", which tasks are scored after each; got 1'):
+        sequence(scored=1)
 
 
 def test_a_task_may_have_settings_of_its_own():
@@ -290,7 +314,7 @@ class TestResume:
             sequence(folder=folder, methods=[KeepsRows()]).run()
         message("tasks of the sequence: .'maths', 'french', 'law'. in the run, .'french'", tasks=tasks[1:])
         message("methods of the sequence: .'KeepsRows'. in the run, .. now", methods=[])
-        message("scoring of the sequence: True in the run, False now", score=None)
+        message("scoring of the sequence: all in the run, nothing now", score=None)
         other = [dataclasses.replace(tasks[0], train=texts(7, seed=9)), *tasks[1:]]
         message('task "maths" has other train rows than in the run', tasks=other)
         other = [*tasks[:2], dataclasses.replace(tasks[2], evaluation=texts(4, seed=9))]

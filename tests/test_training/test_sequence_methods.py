@@ -13,25 +13,34 @@ from llmtune.adapters.effective import anchor_of
 from llmtune.adapters.stack import AdapterStack
 from llmtune.data.collate import collate_padded
 from llmtune.forgetting.fisher import diagonal_fisher
+from llmtune.forgetting.mas import MemoryAwareSynapses
 from llmtune.forgetting.online_ewc import OnlineEWC
+from llmtune.forgetting.synaptic import SynapticIntelligence
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
 from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training.sequence import TaskSequence
-from llmtune.training.sequence_methods import (
-    AdapterPerTask,
-    DistillFromEarlier,
-    EWCPerTask,
-    L2SPToLast,
-    OverTasks,
-    Replay,
-    adapter_name,
-)
+from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier, adapter_name
+from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, Replay
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.task_heads import HeadPerTask, TaskHeads
 from llmtune.types import Callback
 
 ADAPTER = LoRA(rank=3, alpha=6, targets=["q_proj"])
+
+
+HELD = [*(f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)), "lm_head.weight"]
+PARTS = {
+    "online EWC": lambda: (
+        OnlineEWC(5.0, parameters=HELD),
+        lambda part, run: part.finish_task(run.model, run.batches(), kind="empirical"),
+    ),
+    "SI": lambda: (SynapticIntelligence(5.0), lambda part, run: part.finish_task(run.model)),
+    "MAS": lambda: (
+        MemoryAwareSynapses(5.0, parameters=HELD),
+        lambda part, run: part.finish_task(run.model, run.batches()),
+    ),
+}
 
 
 class Looks(TaskMethod):
@@ -105,6 +114,10 @@ class TestEWCPerTask:
             EWCPerTask(-1.0)
         with pytest.raises(ValueError, match="examples must be a whole number of at least 1; got 0"):
             EWCPerTask(1.0, examples=0)
+        with pytest.raises(ValueError, match="kind must be one of sampled, exact, empirical; got 'emprical'"):
+            EWCPerTask(1.0, kind="emprical")
+        with pytest.raises(ValueError, match="unit must be one of sequence, token; got 'row'"):
+            EWCPerTask(1.0, unit="row")
 
 
 def test_l2sp_is_anchored_where_each_task_but_the_first_begins():
@@ -163,6 +176,52 @@ class TestAdapterPerTask:
         assert [sorted(held["anchor"]) for held in ewc.held.values()] == [[weight, weight.replace("0", "1")]] * 3
         assert torch.equal(ewc.held["law"]["anchor"][weight], model.get_parameter(weight))
 
+    @pytest.mark.parametrize("kind", PARTS)
+    def test_what_holds_the_model_after_each_merge(self, kind):
+        """The task's importance is that of the adapter as it was trained; the anchor is the merged weight."""
+        weight, found = "model.layers.1.self_attn.q_proj.weight", {}
+        for merge in (False, True):
+            model, (part, finish) = tiny_llama(), PARTS[kind]()
+            seen = Looks(after=lambda run, part=part: part.importance[weight].clone())
+            history = run(model, AdapterPerTask(ADAPTER, merge=merge, also=("lm_head",)), OverTasks(part, finish), seen)
+            found[merge] = seen.found[1]
+            assert part.tasks == 3
+            assert [max(rows.column("penalty")) > 0 for rows in history.loops] == [False, True, True]
+            assert set(part.importance) == set(HELD)
+        torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-6 * float(found[False].max()))
+        assert adapter_names(model) == []
+        model.get_parameter(weight).requires_grad_(True)
+        assert part(model).item() == 0
+        with torch.no_grad():
+            model.get_parameter(weight).add_(0.5)
+        assert part(model).item() == pytest.approx(0.5 * part.strength * 0.25 * float(part.importance[weight].sum()))
+
+    def test_synaptic_intelligence_goes_on_where_a_run_has_ended_at_a_merge(self, tmp_path):
+        def go(folder, dies=None):
+            def finish(part, run):
+                if run.index == dies:
+                    raise RuntimeError("the power goes")
+                part.finish_task(run.model)
+
+            model, part = tiny_llama(), SynapticIntelligence(5.0)
+            methods = [AdapterPerTask(ADAPTER, merge=True), OverTasks(part, finish)]
+            TaskSequence(
+                model, language_tasks(), settings=settings(folder), collate=collate_padded, methods=methods, score=None
+            ).run(resume=True)
+            return weights(model), part.importance
+
+        with pytest.raises(RuntimeError, match="the power goes"):
+            go(tmp_path / "one", dies=1)
+        for found, expected in zip(go(tmp_path / "one"), go(tmp_path / "two"), strict=True):
+            assert equal(found, expected)
+
+    def test_what_holds_the_model_before_each_merge_is_refused(self):
+        part, finish = PARTS["online EWC"]()
+        with pytest.raises(
+            ValueError, match="merged at the end of its task is merged before the penalty's finish_task"
+        ):
+            run(tiny_llama(), OverTasks(part, finish), AdapterPerTask(ADAPTER, merge=True))
+
     def test_bad_input(self):
         with pytest.raises(TypeError, match="also must be a list of beginnings of names; got the one string 'head'"):
             AdapterPerTask(ADAPTER, also="head")
@@ -170,6 +229,16 @@ class TestAdapterPerTask:
             ValueError, match=r'no parameter of the model begins with "lm_haed".* Did you mean "lm_head'
         ):
             run(tiny_llama(), AdapterPerTask(ADAPTER, also=["lm_haed"]))
+
+
+def test_a_head_beside_the_adapters_would_be_the_earlier_models_too():
+    with pytest.raises(
+        ValueError, match=r"lm_head.weight is trained beside the adapters, so that the earlier model would"
+    ):
+        run(tiny_llama(), AdapterPerTask(ADAPTER, also=("lm_head",)), DistillFromEarlier(0.5))
+    inside = dataclasses.replace(ADAPTER, train_modules=["lm_head"])
+    history = run(tiny_llama(), AdapterPerTask(inside), DistillFromEarlier(0.5))
+    assert [rows[0]["distillation"] == 0 for rows in history.loops] == [True] * 3  # each begins as what was before it
 
 
 def test_what_is_distilled_from_is_the_model_without_what_is_trained():

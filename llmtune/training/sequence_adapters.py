@@ -1,0 +1,115 @@
+"""Adapters over a sequence of tasks: a new one for each, and the model of before as the teacher."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from llmtune.adapters.attach import adapter_parameters
+from llmtune.adapters.merge import merge
+from llmtune.adapters.record import AdapterConfig
+from llmtune.adapters.stack import AdapterStack
+from llmtune.errors import did_you_mean
+from llmtune.forgetting.distillation import DistillToBase
+from llmtune.modules import unwrap
+from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
+
+
+class DistillFromEarlier(TaskMethod):
+    """Learning without forgetting: predictions may move no further than they must from those of the earlier model.
+
+    The earlier model is this one with only those adapters left on that are not being trained: with an adapter a task
+    (`AdapterPerTask`, which stands before this method) the model before the task; with one adapter for all of them the
+    base. Needs adapters, and all that is trained must be in them: a head in their `train_modules`. See `DistillToBase`.
+
+    Args:
+        strength: 0 or more.
+        temperature: larger than 0.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    def __init__(self, strength: float, *, temperature: float = 1.0) -> None:
+        DistillToBase(strength=strength, temperature=temperature)  # checks them
+        self.strength, self.temperature = float(strength), float(temperature)
+
+    def before_task(self, run: TaskRun) -> None:
+        """Put the distillation around the loss.
+
+        Raises:
+            ValueError: something beside the adapters is trained, which the teacher would have as well.
+        """
+        stack = AdapterStack(unwrap(run.model))
+        own = {id(p) for name in stack.trained for p in adapter_parameters(stack.model, name).values()}
+        for name, parameter in stack.model.named_parameters():
+            if stack.names and parameter.requires_grad and id(parameter) not in own:
+                raise ValueError(
+                    f"{name} is trained beside the adapters, so that the earlier model would change with it: name its "
+                    "module in the adapter's train_modules, where each task has a copy"
+                )
+        teacher = tuple(name for name in stack.active if name not in stack.trained)
+        run.loss = DistillToBase(run.loss, strength=self.strength, temperature=self.temperature, teacher=teacher)
+
+
+class AdapterPerTask(TaskMethod):
+    """A new adapter for each task, the earlier ones frozen and left on, or merged into the weights.
+
+    It stands before the methods that hold or distil, which look at what is trained.
+
+    Args:
+        config: of every task's adapter: `LoRA(...)`, or another record.
+        merge: fold each task's adapter into the weights for good when the task has ended, so that none is left between
+            tasks. What holds the model then stands after this method, and sees it merged, all weights as trained as
+            before the adapter: tell `OnlineEWC` and `MemoryAwareSynapses` by `parameters` which ones adapters change.
+        also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
+            head that goes on from task to task.
+
+    Raises:
+        TypeError: `also` is one string.
+    """
+
+    def __init__(self, config: AdapterConfig, *, merge: bool = False, also: Collection[str] = ()) -> None:
+        if isinstance(also, str):
+            raise TypeError(f"also must be a list of beginnings of names; got the one string {also!r}")
+        self.config, self.merge, self.also = config, merge, tuple(also)
+
+    def before_task(self, run: TaskRun) -> None:
+        """Attach the task's adapter, under the task's name (`adapter_name`).
+
+        Raises:
+            ValueError: `also` names what the model has not; and as `attach`.
+        """
+        model = unwrap(run.model)
+        names = [name for name, _ in model.named_parameters()]
+        for start in self.also:
+            if not any(name.startswith(start) for name in names):
+                raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
+        AdapterStack(model).start(self.config, adapter_name(run.task.name))
+        for name, parameter in model.named_parameters():
+            if self.also and name.startswith(self.also):
+                parameter.requires_grad_(True)
+
+    def after_task(self, run: TaskRun) -> None:
+        """Merge the task's adapter, where that is asked for.
+
+        Raises:
+            ValueError: as `merge`.
+        """
+        if self.merge:
+            merge(run.model, adapter_name(run.task.name), keep_base=False)
+
+    def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
+        """Attach the finished tasks' adapters, but for those that were merged."""
+        for task in () if self.merge else finished:
+            AdapterStack(unwrap(model)).start(self.config, adapter_name(task.name))
+
+
+def adapter_name(task: str) -> str:
+    """Return what a task's adapter is called: the task's name; or, where no adapter may be called that, what of it may
+    stand and a checksum, so that no two tasks share a name."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", task).strip("-_")
+    return plain if plain == task else f"{plain or 'task'}-{zlib.crc32(task.encode()):08x}"
