@@ -176,7 +176,7 @@ def memory(sizes: list[int]) -> dict[str, Any]:
                 for N in sizes:
                     command = [sys.executable, __file__, "--extra-memory", head, dtype, str(N), str(int(frozen))]
                     extra = {}
-                    for way in ("ours", "plain", "torch"):
+                    for way in ("ours", "plain", SLOW):
                         run = subprocess.run([*command, way], check=True, capture_output=True, text=True)
                         extra[way] = int(run.stdout)
                     name = f"{head}, {dtype}, N={N}, {'frozen' if frozen else 'trained'} head"
@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[2048, 4096], help="rows of hidden states")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--without-torch", action="store_true", help="leave out torch's chunked way, by far the slowest")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/head-<part>.json")
     parser.add_argument("--extra-memory", nargs=5, help=argparse.SUPPRESS)  # used by this file itself
@@ -219,6 +220,8 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     CHOSEN[:] = options.heads
+    if options.without_torch:
+        del WAYS[SLOW]
     for part in options.parts:
         if part == "memory":
             made = memory(options.sizes)

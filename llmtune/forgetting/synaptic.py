@@ -45,10 +45,9 @@ class SynapticIntelligence(ImportancePenalty):
     sum of omega over all entries is the fall of the task's loss. Of several gradients in a step (`SharpnessAware`) the
     first counts, the one at the weights themselves. A step that is passed over counts nothing.
 
-    theta is the effective parameter, as in `EWC`. Under LoRA that is W + s B A, and omega needs its gradient: for the
-    length of the task's forward and backward passes W requires one, which costs memory and time as full fine-tuning
-    does. `OnlineEWC` and `MemoryAwareSynapses` cost nothing while training. Under dropout of the adapter that gradient
-    is W's, and stands for the sum's.
+    theta is the effective parameter, as in `EWC`. Under LoRA that is W + s B A, and omega needs its gradient: during
+    the task's passes W requires one, which costs what full fine-tuning does (`OnlineEWC` and `MemoryAwareSynapses` cost
+    nothing while training). Under dropout of the adapter that gradient is W's, and stands for the sum's.
 
     In a `TrainingLoop` it is one of `penalties`, and `finish_task(model)` after `fit` is all there is to do. In a plain
     loop `attach` it, and call `start_step()` before the forward pass and `task_gradients()` between the backward passes
@@ -117,9 +116,8 @@ class SynapticIntelligence(ImportancePenalty):
             optimizer: of its parameters.
 
         Raises:
-            ValueError: it is attached already; no chosen parameter is trained; one that the running task followed is
-                frozen now, or has another shape; one is under an adapter that does more than add to it; or a chosen
-                tensor is tied and adapted in one place.
+            ValueError: it is attached already; no chosen parameter is trained; one that the task followed is frozen or
+                of another shape now; one is under an adapter that does more than add, or tied and adapted in one place.
         """
         if self._handles:
             raise ValueError("this SynapticIntelligence is attached already: detach it first, or make another one")
@@ -208,8 +206,7 @@ class SynapticIntelligence(ImportancePenalty):
             model: as it is at the end of the task; an adapter may have been merged since `fit` or `detach`.
 
         Raises:
-            ValueError: no step of the task was followed, the model is another, or a frozen weight has changed. Nothing
-                has changed then.
+            ValueError: no step was followed, the model is another, or a frozen weight has changed. It is as it was then.
         """
         if not self.steps:
             raise ValueError("SynapticIntelligence has followed no step of this task: attach it before training")

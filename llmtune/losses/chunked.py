@@ -21,7 +21,7 @@ CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
 OWN_CHUNK_BYTES = 32 * 2**20  # on a CPU, of logits in their own type; the rest of the 64 MB is for what stands beside
 HALF_CHUNK_BYTES = 44 * 2**20  # the same in half precision, where less stands beside
-FEWEST_ROWS = 48  # every chunk reads the whole head: it must be worth its while
+FEWEST_ROWS = 64  # every chunk reads the whole head: it must be worth its while
 FLOAT16_FACTOR = 2.0**-5  # neither makes large gradients infinite nor small ones 0, as 1 / N would
 
 
