@@ -209,7 +209,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[2048, 4096], help="rows of hidden states")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--without-torch", action="store_true", help="leave out torch's chunked way, by far the slowest")
+    parser.add_argument(
+        "--without-torch", action="store_true", help="leave out torch's chunked way, by far the slowest"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/head-<part>.json")
     parser.add_argument("--extra-memory", nargs=5, help=argparse.SUPPRESS)  # used by this file itself

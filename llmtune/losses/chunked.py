@@ -19,8 +19,10 @@ from llmtune.losses.row_loss import RowLoss
 
 CHUNK_BYTES = {"cpu": 64 * 2**20}
 CHUNK_BYTES_ELSEWHERE = 512 * 2**20  # an accelerator needs larger chunks to be busy
-OWN_CHUNK_BYTES = 32 * 2**20  # on a CPU, of logits in their own type; the rest of the 64 MB is for what stands beside
-HALF_CHUNK_BYTES = 44 * 2**20  # the same in half precision, where less stands beside
+OWN_CHUNK, HALF_CHUNK = (
+    8,
+    11,
+)  # sixteenths of it on a CPU for the logits, in float32 and in half: the rest stands beside
 FEWEST_ROWS = 64  # every chunk reads the whole head: it must be worth its while
 FLOAT16_FACTOR = 2.0**-5  # neither makes large gradients infinite nor small ones 0, as 1 / N would
 
@@ -82,7 +84,7 @@ def _own_chunk_rows(weight: Tensor, loss: RowLoss) -> int:
     if weight.device.type != "cpu" or not loss.takes_few_rows:
         return default_chunk_rows(weight, loss.buffers)
     # only the logits are of the chunk's size, in their own type; the rest is for what is worked on in the cache
-    budget = HALF_CHUNK_BYTES if weight.element_size() < 4 else OWN_CHUNK_BYTES
+    budget = CHUNK_BYTES["cpu"] * (HALF_CHUNK if weight.element_size() < 4 else OWN_CHUNK) // 16
     return max(FEWEST_ROWS, budget // (weight.shape[0] * weight.element_size()))
 
 
