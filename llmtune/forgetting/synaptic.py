@@ -206,7 +206,7 @@ class SynapticIntelligence(ImportancePenalty):
             model: as it is at the end of the task; an adapter may have been merged since `fit` or `detach`.
 
         Raises:
-            ValueError: no step was followed, the model is another, or a frozen weight has changed. It is as it was then.
+            ValueError: no step was followed, the model is another, or a frozen weight has changed; nothing was done.
         """
         if not self.steps:
             raise ValueError("SynapticIntelligence has followed no step of this task: attach it before training")
