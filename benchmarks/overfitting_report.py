@@ -76,7 +76,7 @@ def parts_table(runs: Runs, *, shots: int, recipes: Sequence[str], rival: str, s
 
 
 def plot(runs: Runs, path: Path, *, recipes: Sequence[str], sets: Sequence[str]) -> None:
-    """Draw accuracy by examples a class: one panel a set, one line a recipe, with intervals."""
+    """Draw accuracy by examples a class: one panel a set, one line a recipe, with intervals, of three seeds or more."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -91,7 +91,7 @@ def plot(runs: Runs, path: Path, *, recipes: Sequence[str], sets: Sequence[str])
             points = []
             for shots in (8, 16, 32):
                 found = [100 * one["test_accuracy"] for one in runs.get((name, recipe, shots), {}).values()]
-                if found:
+                if len(found) >= 3:  # the interval of two says nothing
                     points.append((shots * 1.04**place, *mean_and_interval(found)))
             if points:
                 x, y, half = zip(*points, strict=True)
