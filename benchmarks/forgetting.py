@@ -63,13 +63,12 @@ class Job:
         return f"{self.stream}-{self.method}-{self.order}-{self.seed}{changes}.json".replace(" ", "_")
 
 
-def without_task(stages: list[Stage], *, train: bool, test: bool) -> list[Stage]:
-    """Return the stages with the task's number taken out of rows."""
-
-    def bare(rows: Any, strip: bool) -> Any:
-        return [{k: v for k, v in row.items() if k != "task"} for row in rows] if strip else rows
-
-    return [dataclasses.replace(one, train=bare(one.train, train), test=bare(one.test, test)) for one in stages]
+def without_task(stage: Stage) -> Stage:
+    """Return the stage with the task's number taken out of its rows."""
+    train, test = (
+        [{k: v for k, v in row.items() if k != "task"} for row in rows] for rows in (stage.train, stage.test)
+    )
+    return dataclasses.replace(stage, train=train, test=test)
 
 
 def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
     knobs = {**method.settings, **dict(job.changes)}
     rate = knobs.pop("rate", method.rate)
     if not known:
-        stages = without_task(stages, train=not method.own, test=True)
+        stages = [without_task(stage) for stage in stages]
     model = make_model(models, stages, job.seed)
     settings = LoopSettings(
         max_steps=STEPS[name], rows_per_step=16, learning_rate=rate, warmup_steps=STEPS[name] // 10,

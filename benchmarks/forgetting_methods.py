@@ -48,13 +48,11 @@ class Method:
         make: returns the methods for a stream.
         rate: the learning rate; of every method of its kind (full or LoRA) the same.
         settings: what else was chosen, as it stands in the run's file.
-        own: learn with a softmax over the task's own classes, though the task is not known when scored.
     """
 
     make: Callable[[Sequence[Stage], Mapping[str, Any]], list[TaskMethod]]
     rate: float = 1e-4
     settings: Mapping[str, Any] = field(default_factory=dict)
-    own: bool = False
 
 
 def own_heads(stages: Sequence[Stage], upto: int) -> list[slice]:
@@ -254,9 +252,6 @@ class HeadOnly(TaskMethod):
         """Freeze it."""
         for name, parameter in run.model.named_parameters():
             parameter.requires_grad_(name.startswith(HEAD))
-
-    def rebuild(self, model: nn.Module, finished: Sequence[Task]) -> None:
-        """Nothing is added."""
 
 
 def _over(make: Callable[[], Any], *, data: bool = True) -> list[TaskMethod]:

@@ -49,13 +49,13 @@ def jobs(options: argparse.Namespace) -> Iterable[Job]:
                         yield job
 
 
-def work(todo: Iterable[Job], options: argparse.Namespace, done: Callable[[Job, dict[str, Any]], None]) -> bool:
+def work(wanted: Iterable[Job], options: argparse.Namespace, done: Callable[[Job, dict[str, Any]], None]) -> bool:
     """Run jobs in several processes until the time is up; return whether all were run."""
     end = time.monotonic() + 60 * options.minutes
     one = partial(_guarded, models=options.models, data=options.data, device=options.device, end=end)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         late = 0
-        for job, numbers in pool.imap_unordered(one, todo):
+        for job, numbers in pool.imap_unordered(one, wanted):
             if numbers is None:
                 late += 1
                 continue
@@ -106,7 +106,7 @@ def main() -> int:
         return 0
     torch.set_num_threads(1)
     if options.choose:
-        choose(lambda todo, done: work(todo, options, done))
+        choose(lambda wanted, done: work(wanted, options, done))
         return 0
     if not work(jobs(options), options, keep):
         print("out of time; call again to go on")

@@ -14,6 +14,13 @@ from llmtune.weights.quadratic import Factors, low_rank_quadratic, quadratic
 
 BLOCK = 2**20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ValueError where anchors cannot be kept in a dtype; None is for no rounding."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None; got {dtype}")
 
 
 def fingerprint(tensor: Tensor) -> str:
@@ -70,6 +77,9 @@ class Anchor:
         factors: what active low-rank adapters added at the time; copies.
         dtype: what the copy is rounded to, and any that is made later; None for the value's own.
         device: where the copy stays; None for the parameter's.
+
+    Raises:
+        ValueError: the value overflows in `dtype`.
     """
 
     def __init__(
@@ -184,7 +194,10 @@ class Anchor:
         return self.base
 
     def _kept(self, copy: Tensor) -> Tensor:
-        return copy.to(self.device or copy.device, self.dtype or copy.dtype)
+        kept = copy.to(self.device or copy.device, self.dtype or copy.dtype)
+        if kept.dtype != copy.dtype and not bool(kept.isfinite().all()):
+            raise ValueError(f"the anchor of {self.name} overflows in {kept.dtype}: use torch.bfloat16")
+        return kept
 
 
 def anchored_quadratic(

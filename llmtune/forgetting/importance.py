@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor, anchored_quadratic
+from llmtune.adapters.anchor import Anchor, anchored_quadratic, check_dtype
 from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.effective import Choice, choose_parameters, effective_parameters
 from llmtune.errors import CheckpointError, check_state, did_you_mean
 from llmtune.modules import unwrap
 from llmtune.types import Callback
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def importance_penalty(
@@ -61,6 +59,18 @@ def importance_penalty(
     return torch.stack([term.to(device) for term in terms]).sum()
 
 
+def check_importance(name: str, value: Any, *, what: str) -> None:
+    """Raise ValueError where one parameter's importance is no tensor of floats, negative, or not finite."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise ValueError(f"the {what} of {name} must be a tensor of floats; got {value!r:.60}")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"the {what} of {name} is not finite")
+    if bool((value < 0).any()):
+        raise ValueError(
+            f"the {what} of {name} is negative, down to {value.min().item():.3g}: it would push away from the anchor"
+        )
+
+
 def kept_importance(
     name: str, value: Any, *, what: str, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Tensor:
@@ -76,14 +86,7 @@ def kept_importance(
     Raises:
         ValueError: it is no tensor of floats, is negative or not finite, or does not survive the rounding.
     """
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise ValueError(f"the {what} of {name} must be a tensor of floats; got {value!r:.60}")
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"the {what} of {name} is not finite")
-    if bool((value < 0).any()):
-        raise ValueError(
-            f"the {what} of {name} is negative, down to {value.min().item():.3g}: it would push away from the anchor"
-        )
+    check_importance(name, value, what=what)
     value = value.detach()
     kept = value.to(device or value.device, dtype or value.dtype, copy=True)
     if kept.dtype != value.dtype:
@@ -106,8 +109,7 @@ def check_storage(
     """
     if not (strength >= 0 and math.isfinite(strength)):
         raise ValueError(f"strength must be a finite number, 0 or more; got {strength}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None; got {dtype}")
+    check_dtype(dtype)
     return float(strength), dtype, None if device is None else torch.device(device)
 
 
@@ -200,7 +202,7 @@ class ImportancePenalty(Callback):
         entries = choose_parameters(model, list(found))
         importance = {}
         for name, value in found.items():
-            kept_importance(name, value, what=what)
+            check_importance(name, value, what=what)
             shape = entries[name].parameter.shape
             if value.shape != shape:
                 raise ValueError(

@@ -120,9 +120,9 @@ def designed_rows(moment: Tensor, rank: int, *, protected: Tensor | None = None)
     The first r left singular vectors of (I - P) C, as rows, with C = X X^T and P = Q Q^T for the protected basis Q.
 
     They lie in the span of U, the eigenvectors of (I - P) C (I - P) that are no rounding (`extend_basis` says which),
-    and are U V for the eigenvectors V of (U^T C)(U^T C)^T, which are found in half of the time of singular
-    vectors. Its eigenvalues are squares: those of singular values below 1e-4 of the largest have few digits, and are
-    found again in what is left without the larger ones.
+    and are U V for the eigenvectors V of (U^T C)(U^T C)^T, which are less work than singular vectors. Its eigenvalues
+    are squares: those of singular values below 1e-4 of the largest have few digits, and are found again in what is left
+    without the larger ones.
 
     Args:
         moment: C = X X^T, [in, in], of the inputs X [in, n], up to any factor; finite.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32, compute_dtype, linear_row_loss
-from llmtune.losses.cross_entropy import check_after_head, check_linear_shapes, scaled_and_capped
+from llmtune.losses.cross_entropy import check_after_head, check_linear_shapes, scale_and_cap_, scaled_and_capped
 from llmtune.losses.directions import (
     Direction,
     check_direction,
@@ -189,13 +189,7 @@ class Divergence:
 
     def _log_probabilities(self, z: Tensor, gradients: bool) -> Tensor | None:
         """Turn logits z [n, V] into log-probabilities in place; return the soft cap's slope for a gradient, or None."""
-        slope = None
-        if self.logit_scale != 1.0:
-            z *= self.logit_scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_()
-            slope = 1 - z.square() if gradients else None
-            z *= self.softcap
+        slope = scale_and_cap_(z, self.logit_scale, self.softcap, slope=gradients)
         if self.temperature != 1.0:
             z /= self.temperature
         z -= z.logsumexp(-1, keepdim=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor
+from llmtune.adapters.anchor import Anchor, check_dtype
 from llmtune.adapters.effective import EffectiveParameter, choose_parameters, effective_parameters
 from llmtune.errors import CheckpointError, did_you_mean
 from llmtune.modules import unwrap
@@ -40,8 +40,7 @@ class Anchored(Callback):
         dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         check_strength("strength", strength)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be one of floats, or None; got {dtype}")
+        check_dtype(dtype)
         kept: Any = {"dtype": dtype, "device": None if device is None else torch.device(device)}
         if isinstance(without, str):
             raise TypeError(f"new must be a list of names or a function of a name; got the one string {without!r}")
@@ -55,9 +54,6 @@ class Anchored(Callback):
             self.anchors = {name: Anchor(name, copy=value.detach().clone(), **kept) for name, value in held.items()}
         if not self.anchors:
             raise ValueError("the anchor names no parameter: there is nothing to hold")
-        for name, made in self.anchors.items():
-            if dtype is not None and isinstance(made.base, Tensor) and not bool(made.base.isfinite().all()):
-                raise ValueError(f"the anchor of {name} overflows in {dtype}: use torch.bfloat16")
         self.strength = float(strength)
 
     def anchored(self, model: nn.Module) -> dict[str, EffectiveParameter]:

@@ -48,9 +48,7 @@ class PartTrains(Callback, ABC):
             ValueError: that is everything.
         """
         awake = self.awake(loop)
-        started = set(
-            self.trained
-        )  # what a penalty lets have a gradient for a step (a weight under an adapter) is none
+        started = set(self.trained)  # a weight that a penalty lets have a gradient for a step is not among them
         every = unwrap(loop.model).named_parameters()
         trained = {name: p for name, p in every if p.requires_grad and name in started}
         if not awake & trained.keys():

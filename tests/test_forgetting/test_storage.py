@@ -148,6 +148,20 @@ def test_what_half_precision_would_lose_is_refused():
         EWC(fisher, model, 1.0, dtype=torch.int8)
 
 
+def test_an_anchor_that_overflows_is_refused():
+    model, fisher = nn.Linear(2, 1, bias=False), {"weight": torch.ones(1, 2)}
+    with torch.no_grad():
+        model.weight.fill_(1e5)
+    message = r"the anchor of weight overflows in torch.float16: use torch.bfloat16"
+    for anchor in (model, {"weight": model.weight}):
+        with pytest.raises(ValueError, match=message):
+            EWC(fisher, anchor, 1.0, dtype=torch.float16)
+    penalty = OnlineEWC(1.0, dtype=torch.float16)
+    with pytest.raises(ValueError, match=message):
+        penalty.finish_task(model, fisher=fisher)
+    assert (penalty.tasks, penalty.importance, penalty.anchors) == (0, {}, {})
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_device_of_their_own_changes_no_bit(kind):
     model = MODELS[kind]()
