@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from common import RESULTS
 from forgetting_data import Stage, make_model, stream
-from forgetting_methods import METHODS
-from forgetting_report import JOINT, write
+from forgetting_methods import JOINT, KNOWN, METHODS
+from forgetting_report import write
 from transformers.utils import logging
 
 from llmtune.data import collate_padded
@@ -55,6 +55,7 @@ class Job:
     seed: int
     changes: tuple[tuple[str, Any], ...] = ()
     dev: bool = False
+    tasks: int | None = None  # the first so many
 
     @property
     def file(self) -> str:
@@ -63,12 +64,12 @@ class Job:
         return f"{self.stream}-{self.method}-{self.order}-{self.seed}{changes}.json".replace(" ", "_")
 
 
-def without_task(stage: Stage) -> Stage:
-    """Return the stage with the task's number taken out of its rows."""
+def without_task(stage: Stage, *, own: bool) -> Stage:
+    """Return the stage with the task's number taken out of its rows; with `own` training rows keep it."""
     train, test = (
         [{k: v for k, v in row.items() if k != "task"} for row in rows] for rows in (stage.train, stage.test)
     )
-    return dataclasses.replace(stage, train=train, test=test)
+    return dataclasses.replace(stage, train=stage.train if own else train, test=test)
 
 
 def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
@@ -78,32 +79,30 @@ def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
     logging.disable_progress_bar()
     began = time.process_time()
     name, known = STREAMS[job.stream]
-    stages = stream(models, data, name, job.order, test=SCORED[name], dev=job.dev)
-    method = METHODS["sequential" if job.method == JOINT else job.method]
-    knobs = {**method.settings, **dict(job.changes)}
+    stages = stream(models, data, name, job.order, test=SCORED[name], dev=job.dev)[: job.tasks]
+    method = METHODS[job.method]
+    knobs = {**method.settings, **method.streams.get(job.stream, {}), **dict(job.changes)}
     rate = knobs.pop("rate", method.rate)
     if not known:
-        stages = [without_task(stage) for stage in stages]
+        stages = [without_task(stage, own=knobs.get("own", False)) for stage in stages]
     model = make_model(models, stages, job.seed)
     settings = LoopSettings(
         max_steps=STEPS[name], rows_per_step=16, learning_rate=rate, warmup_steps=STEPS[name] // 10,
         weight_decay=0.01, precision="bf16", seed=job.seed, progress=False,
     )  # fmt: skip
     tasks = [Task(stage.name, stage.train, stage.test) for stage in stages]
-    if job.method == JOINT:
-        tasks = [Task(JOINT, [row for stage in stages for row in stage.train],
-                      [row for stage in stages for row in stage.test])]  # fmt: skip
+    if job.method in JOINT:
+        train, test = ([row for stage in stages for row in getattr(stage, part)] for part in ("train", "test"))
+        tasks = [Task("all", train, test)]
         settings = dataclasses.replace(settings, max_steps=STEPS[name] * len(stages))
     sequence = TaskSequence(
         model, tasks, settings=settings, methods=method.make(stages, knobs), collate=collate_padded,
-        loss=classification_loss, score="accuracy",
+        loss=classification_loss, score="accuracy", scored="seen",
     )  # fmt: skip
-    history = sequence.run()
-    found = {"stream": job.stream, "method": job.method, "order": job.order, "seed": job.seed,
-             "rate": rate, **knobs, "seconds": round(time.process_time() - began, 1)}  # fmt: skip
-    scores = [[round(score, 4) for score in row] for row in history.scores]
-    found |= {"scores": scores, "baseline": [round(score, 4) for score in history.baseline]}
-    if job.method == JOINT:
+    scores = [[score and round(score, 4) for score in row] for row in sequence.run().scores]
+    found = {"stream": job.stream, "method": job.method, "order": job.order, "seed": job.seed, "rate": rate, **knobs,
+             "seconds": round(time.process_time() - began, 1), "scores": scores}  # fmt: skip
+    if job.method in JOINT:
         return found | {"accuracy": scores[0][0]}
     matrix = ContinualMatrix(scores)
     return found | {"accuracy": round(matrix.accuracy, 4), "forgetting": round(matrix.forgetting, 4)}
@@ -116,8 +115,9 @@ def jobs(options: argparse.Namespace) -> Iterable[Job]:
         for order in options.orders:
             for name in options.streams:
                 for method in options.methods:
-                    job = Job(name, method, order, seed, changes, options.dev)
-                    if not (options.folder / job.file).is_file():
+                    job = Job(name, method, order, seed, changes, options.dev, options.tasks)
+                    possible = STREAMS[name][1] or method not in KNOWN
+                    if possible and not (options.folder / job.file).is_file():
                         yield job
 
 
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, JOINT], default=[*METHODS, JOINT])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--orders", type=int, nargs="+", default=[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
@@ -139,12 +139,13 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="print the tables and draw the plots of the runs there")
     parser.add_argument("--dev", action="store_true", help="score held-out training rows, to choose by")
     parser.add_argument("--with", dest="changes", nargs="+", default=[], help="settings in place of a method's own")
+    parser.add_argument("--tasks", type=int, help="only the first so many, to choose by")
     options = parser.parse_args()
     if options.write:
         write(FOLDER, options.streams)
         return 0
-    if options.changes and not options.dev:
-        parser.error("--with is for choosing: give --dev")
+    if (options.changes or options.tasks) and not options.dev:
+        parser.error("--with and --tasks are for choosing: give --dev")
     options.folder = RESULTS / "forgetting-choice" if options.dev else FOLDER
     options.folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes

@@ -74,7 +74,8 @@ def stream(models: Path, data: Path, name: str, order: int, *, test: int = TEST,
 
         taken = rows(train)
         scored = taken[TRAIN:] if dev else rows(held)
-        stages.append(Stage(title, taken[:TRAIN], scored[:test], tuple(classes)))
+        scored = sorted(scored[:test], key=lambda row: len(row["input_ids"]))  # little padding
+        stages.append(Stage(title, taken[:TRAIN], scored, tuple(classes)))
         first += len(labels)
     return stages
 
@@ -87,7 +88,7 @@ class Classifier(nn.Module):
     """A sentence encoder, the mean over its tokens, dropout, and one linear head over the classes of all tasks.
 
     With "task" [B] in a batch each row's logits outside of its own task's classes are -1e4: a head for each task. A
-    batch without it is for all classes: the model must find out the task too.
+    batch without it, or a row of task -1, is for all classes: the model must find out the task too.
     """
 
     def __init__(self, encoder: nn.Module, stages: Sequence[Stage]) -> None:
@@ -98,7 +99,8 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(self.config.hidden_size, classes)
         nn.init.normal_(self.classifier.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
-        own = torch.zeros(len(stages), classes, dtype=torch.bool)
+        own = torch.ones(len(stages) + 1, classes, dtype=torch.bool)  # the last line is that of task -1
+        own[:-1] = False
         for number, stage in enumerate(stages):
             own[number, list(stage.classes)] = True
         self.register_buffer("own", own, persistent=False)
@@ -120,8 +122,9 @@ class Classifier(nn.Module):
 
 
 def make_model(models: Path, stages: Sequence[Stage], seed: int) -> Classifier:
-    """Return the pretrained encoder under a head at random, in float32."""
+    """Return the pretrained encoder under a head at random, in float32; the word embeddings are frozen."""
     torch.manual_seed(seed)
     folder = models / "minilm-l6-v2"
     encoder: nn.Module = AutoModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32)
+    encoder.get_input_embeddings().requires_grad_(False)
     return Classifier(encoder, stages)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from forgetting_data import MASKED, Stage
+from forgetting_data import MASKED, Rows, Stage
 from torch import Tensor, nn
 
 from llmtune.adapters import LoRA, attach
@@ -18,7 +18,6 @@ from llmtune.forgetting import (
     SLAO,
     AveragedGEM,
     DERLoss,
-    DistillToModel,
     GradientProjectionMemory,
     MemoryAwareSynapses,
     OnlineEWC,
@@ -30,12 +29,21 @@ from llmtune.forgetting import (
     with_teacher,
 )
 from llmtune.losses import classification_loss, kl_divergence
-from llmtune.training import AdapterPerTask, L2SPToLast, OverTasks, Replay, Task, TaskMethod, TaskRun
+from llmtune.training import (
+    AdapterPerTask,
+    HeadFromStatistics,
+    L2SPToLast,
+    OverTasks,
+    Replay,
+    Task,
+    TaskMethod,
+    TaskRun,
+)
 from llmtune.training.sequence_adapters import adapter_name
 from llmtune.types import Batch, LossFunction
 from llmtune.weights import interpolate
 
-EXAMPLES = 200  # of a task, for what is estimated from its data
+EXAMPLES = 100  # of a task, for what is estimated from its data
 HEAD = ("classifier",)
 ADAPTER = LoRA(rank=8, alpha=16, targets="all-linear")
 
@@ -48,11 +56,23 @@ class Method:
         make: returns the methods for a stream.
         rate: the learning rate; of every method of its kind (full or LoRA) the same.
         settings: what else was chosen, as it stands in the run's file.
+        streams: what was chosen otherwise for a stream.
     """
 
     make: Callable[[Sequence[Stage], Mapping[str, Any]], list[TaskMethod]]
     rate: float = 1e-4
     settings: Mapping[str, Any] = field(default_factory=dict)
+    streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def known(stages: Sequence[Stage]) -> bool:
+    """Return whether a row's task is known when it is scored."""
+    return "task" in stages[0].test[0]
+
+
+def kept(stages: Sequence[Stage], rows: Rows) -> Rows:
+    """Return rows as a buffer keeps them: to be told from the classes of all tasks, where the task is not known."""
+    return rows if known(stages) or "task" not in rows[0] else [{**row, "task": -1} for row in rows]
 
 
 def own_heads(stages: Sequence[Stage], upto: int) -> list[slice]:
@@ -63,7 +83,8 @@ def own_heads(stages: Sequence[Stage], upto: int) -> list[slice]:
 class LwF(TaskMethod):
     """Learning without forgetting: a frozen copy of the model before the task teaches the old classes.
 
-    Where rows know their task, each old task's head is compared by itself; else all old classes as one softmax.
+    Where rows know their task when scored, each old task's head is compared by itself; else all old classes as one
+    softmax.
     """
 
     def __init__(self, stages: Sequence[Stage], strength: float) -> None:
@@ -73,19 +94,18 @@ class LwF(TaskMethod):
         """Put the distillation around the loss."""
         if not run.index:
             return
-        teacher = copy.deepcopy(run.model).requires_grad_(False)
-        if "task" in run.task.train[0]:
-            run.loss = HeadsLoss(teacher, own_heads(self.stages, run.index), self.strength)
-        else:
-            seen = sum(len(stage.classes) for stage in self.stages[: run.index])
-            run.loss = DistillToModel(teacher, run.loss, strength=self.strength, temperature=2.0, classes=seen)
+        heads = own_heads(self.stages, run.index)
+        if not known(self.stages):
+            heads = [slice(0, heads[-1].stop)]
+        run.loss = HeadsLoss(copy.deepcopy(run.model).requires_grad_(False), run.loss, heads, self.strength)
 
 
 @dataclass(frozen=True)
 class HeadsLoss:
-    """Cross-entropy of the task's own head, and the divergence of every old head from the teacher's."""
+    """A loss, and the divergence of old classes from a teacher's, each group of classes by itself."""
 
     teacher: nn.Module
+    inner: LossFunction
     heads: Sequence[slice]
     strength: float
 
@@ -95,23 +115,40 @@ class HeadsLoss:
         with torch.no_grad():
             wanted = self.teacher.eval()(**inputs).logits
         logits = model(**inputs).logits
-        own = model.own[batch["task"]]
-        task = nn.functional.cross_entropy(logits.float().masked_fill(~own, MASKED), batch["labels"])
+        own = logits.float()
+        if "task" in batch:
+            own = own.masked_fill(~model.own[batch["task"]], MASKED)
+        task = nn.functional.cross_entropy(own, batch["labels"])
         terms = [kl_divergence(logits[:, head], wanted[:, head], temperature=2.0) for head in self.heads]
         divergence = torch.stack(terms).sum()
         return task + self.strength * divergence, {"distillation": divergence.detach()}
 
     def count_targets(self, batch: Batch) -> int:
         """Return the number of rows."""
-        return classification_loss.count_targets(batch)
+        return self.inner.count_targets(batch)
 
 
-class DarkReplay(Replay):
+class Rehearsal(Replay):
+    """Replay; with own classes in the loss of new rows alone, as in ER-ACE (Caccia et al. 2022)."""
+
+    def __init__(
+        self, stages: Sequence[Stage], knobs: Mapping[str, Any], mix: Callable[..., Any] | None = None
+    ) -> None:
+        self.stages = stages
+        capacity = round(knobs["share"] * sum(len(stage.train) for stage in stages))
+        super().__init__(ReplayBuffer(capacity, per_task=True), mix or partial(MixedBatches, ratio=knobs["ratio"]))
+
+    def after_task(self, run: TaskRun) -> None:
+        """Keep some rows."""
+        self.buffer.add(kept(self.stages, run.task.train), task=run.task.name)
+
+
+class DarkReplay(Rehearsal):
     """DER++: replayed rows are held to the logits they had when they came."""
 
-    def __init__(self, buffer: ReplayBuffer, mix: Callable[..., Any], loss: LossFunction) -> None:
-        super().__init__(buffer, mix)
-        self.loss = loss
+    def __init__(self, stages: Sequence[Stage], knobs: Mapping[str, Any]) -> None:
+        super().__init__(stages, knobs)
+        self.loss = DERLoss(classification_loss, alpha=knobs["alpha"], beta=knobs["beta"])
 
     def before_task(self, run: TaskRun) -> None:
         """Mix in the rows, and learn by both."""
@@ -121,14 +158,15 @@ class DarkReplay(Replay):
 
     def after_task(self, run: TaskRun) -> None:
         """Keep rows with the model's logits."""
-        self.buffer.add(run.task.train, task=run.task.name, prepare=lambda kept: with_teacher(kept, run.model))
+        rows = kept(self.stages, run.task.train)
+        self.buffer.add(rows, task=run.task.name, prepare=lambda some: with_teacher(some, run.model))
 
 
-class AGEM(Replay):
+class AGEM(Rehearsal):
     """A-GEM, on the optimizer's update or on the gradient: no step may go against the buffer's rows."""
 
-    def __init__(self, buffer: ReplayBuffer, space: str) -> None:
-        super().__init__(buffer, lambda new, old: new)
+    def __init__(self, stages: Sequence[Stage], knobs: Mapping[str, Any], space: str) -> None:
+        super().__init__(stages, knobs, lambda new, old: new)
         self.space = space
 
     def before_task(self, run: TaskRun) -> None:
@@ -260,42 +298,42 @@ def _over(make: Callable[[], Any], *, data: bool = True) -> list[TaskMethod]:
     return [OverTasks(make(), lambda part, run: part.finish_task(run.model))]
 
 
-def _buffer(stages: Sequence[Stage], share: float) -> ReplayBuffer:
-    return ReplayBuffer(round(share * sum(len(stage.train) for stage in stages)), per_task=True)
-
-
-def _replay(stages: Sequence[Stage], knobs: Mapping[str, Any]) -> list[TaskMethod]:
-    return [Replay(_buffer(stages, knobs["share"]), partial(MixedBatches, ratio=knobs["ratio"]))]
-
-
-def _dark(stages: Sequence[Stage], knobs: Mapping[str, Any]) -> list[TaskMethod]:
-    loss = DERLoss(classification_loss, alpha=knobs["alpha"], beta=knobs["beta"])
-    return [DarkReplay(_buffer(stages, knobs["share"]), partial(MixedBatches, ratio=knobs["ratio"]), loss)]
-
-
 def _orthogonal(stages: Sequence[Stage], knobs: Mapping[str, Any]) -> list[TaskMethod]:
     return _over(lambda: OrthogonalGradientDescent(most=knobs["per_task"], parameters=_in_layers))
 
 
-def _adapters(*more: TaskMethod, merged: bool = False) -> list[TaskMethod]:
-    return [AdapterPerTask(ADAPTER, also=HEAD, merge=merged), *more]
+def _adapters(*more: TaskMethod, **options: bool) -> list[TaskMethod]:
+    return [AdapterPerTask(ADAPTER, also=HEAD, **options), *more]
+
+
+def _statistics(adapt_first: bool) -> list[TaskMethod]:
+    return [HeadFromStatistics("classifier", adapt_first=adapt_first)]
 
 
 LORA = 1e-3
 SHARE = {"share": 0.01}
+REPLAY = {"share": 0.01, "ratio": 0.3}
+OWN = {"own": True}
 METHODS: dict[str, Method] = {
-    "sequential": Method(lambda stages, knobs: []),
+    "joint": Method(lambda stages, knobs: []),
     "frozen probe": Method(lambda stages, knobs: [HeadOnly()], rate=1e-2),
+    "sequential": Method(lambda stages, knobs: []),
+    "own classes": Method(lambda stages, knobs: [], settings=OWN),
+    "head alone": Method(lambda stages, knobs: [HeadOnly()], rate=1e-2),
+    "class statistics": Method(lambda stages, knobs: _statistics(False)),
+    "first task, then statistics": Method(lambda stages, knobs: _statistics(True)),
     "L2-SP": Method(lambda stages, knobs: [L2SPToLast(knobs["strength"], new=_in_head)], settings={"strength": 10.0}),
     "EWC": Method(lambda stages, knobs: _over(lambda: OnlineEWC(knobs["strength"])), settings={"strength": 1e3}),
     "SI": Method(lambda s, knobs: _over(lambda: SynapticIntelligence(knobs["strength"]), data=False),
                  settings={"strength": 1e2}),
     "MAS": Method(lambda s, knobs: _over(lambda: MemoryAwareSynapses(knobs["strength"])), settings={"strength": 1.0}),
     "LwF": Method(lambda stages, knobs: [LwF(stages, knobs["strength"])], settings={"strength": 1.0}),
-    "replay": Method(_replay, settings={"share": 0.01, "ratio": 0.3}),
-    "DER++": Method(_dark, settings={"share": 0.01, "ratio": 0.3, "alpha": 0.02, "beta": 1.0}),
-    "A-GEM, gradient": Method(lambda s, knobs: [AGEM(_buffer(s, knobs["share"]), "gradient")], settings=SHARE),
-    "A-GEM, update": Method(lambda s, knobs: [AGEM(_buffer(s, knobs["share"]), "update")], settings=SHARE),
+    "replay": Method(lambda stages, knobs: [Rehearsal(stages, knobs)], settings=REPLAY),
+    "replay and LwF": Method(lambda stages, knobs: [LwF(stages, knobs["strength"]), Rehearsal(stages, knobs)],
+                             settings={**REPLAY, "strength": 1.0}),
+    "DER++": Method(lambda stages, knobs: [DarkReplay(stages, knobs)], settings={**REPLAY, "alpha": 0.02, "beta": 1.0}),
+    "A-GEM, gradient": Method(lambda s, knobs: [AGEM(s, knobs, "gradient")], settings=SHARE),
+    "A-GEM, update": Method(lambda s, knobs: [AGEM(s, knobs, "update")], settings=SHARE),
     "GPM, update": Method(lambda s, knobs: _over(lambda: GradientProjectionMemory(energy=knobs["energy"])),
                           settings={"energy": 0.95}),
     "OGD, update": Method(_orthogonal, settings={"per_task": 5}),
@@ -303,10 +341,13 @@ METHODS: dict[str, Method] = {
     "SeqLoRA": Method(lambda stages, knobs: [OneAdapter()], rate=LORA),
     "SLAO": Method(lambda stages, knobs: [OneAdapter(slao=True)], rate=LORA),
     "IncLoRA": Method(lambda stages, knobs: _adapters(), rate=LORA),
-    "merged LoRA": Method(lambda stages, knobs: _adapters(merged=True), rate=LORA),
+    "merged LoRA": Method(lambda stages, knobs: _adapters(merge=True), rate=LORA),
+    "a LoRA a task": Method(lambda stages, knobs: _adapters(alone=True), rate=LORA),
     "O-LoRA": Method(lambda s, knobs: _adapters(Orthogonal(knobs["strength"])), rate=LORA, settings={"strength": 0.5}),
     "InfLoRA": Method(lambda s, knobs: _adapters(InfLoRA(knobs["energy"])), rate=LORA, settings={"energy": 0.95}),
 }  # fmt: skip
+JOINT = ("joint", "frozen probe")  # on the rows of all tasks at once
+KNOWN = ("a LoRA a task",)  # only where a row's task is known
 
 
 def _in_head(name: str) -> bool:

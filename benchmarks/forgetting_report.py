@@ -75,6 +75,10 @@ def write(folder: Path, streams: Sequence[str]) -> None:
             plot(runs, DOCS / f"forgetting-{stream}.svg")
 
 
+def write_frontier(folder: Path, tasks: Sequence[str]) -> None:
+    """Print a table of what was learned and lost for each task, and draw it into the docs."""
+
+
 def _column(some: Mapping[Any, Mapping[str, Any]], field: str) -> list[float]:
     return [100 * one[field] for one in some.values()]
 

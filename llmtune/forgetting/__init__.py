@@ -3,6 +3,7 @@ task after task, and what has been kept."""
 
 from llmtune.adapters.effective import anchor_of
 from llmtune.forgetting.cached_teacher import with_teacher
+from llmtune.forgetting.class_statistics import ClassStatistics
 from llmtune.forgetting.dark_replay import DERLoss
 from llmtune.forgetting.delta_norms import delta_norms
 from llmtune.forgetting.distill_from_cache import DistillFromCache
@@ -29,6 +30,7 @@ __all__ = [
     "EWC",
     "SLAO",
     "AveragedGEM",
+    "ClassStatistics",
     "DERLoss",
     "DistillFromCache",
     "DistillToBase",

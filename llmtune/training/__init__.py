@@ -27,6 +27,7 @@ from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import shard
 from llmtune.training.sharpness import SharpnessAware
+from llmtune.training.statistics_head import HeadFromStatistics
 from llmtune.training.task_heads import HeadPerTask, TaskHeads
 from llmtune.training.top_layers import freeze_first_layers, reinitialise_top_layers
 from llmtune.training.utilisation import Utilisation, matmul_ceiling
@@ -43,6 +44,7 @@ __all__ = [
     "GeneralizationGap",
     "GenerateSamples",
     "GradualUnfreezing",
+    "HeadFromStatistics",
     "HeadPerTask",
     "History",
     "KeepBest",

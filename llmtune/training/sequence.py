@@ -162,10 +162,10 @@ class TaskSequence:
     def _train(self, index: int) -> None:
         """Train one task, let the methods take from it, score all, and save."""
         run = self.run_now = self._arranged(index)
-        loop = run.loop_of(run.task.evaluation if run.settings.eval_every else None)
-        found = loop.fit(resume=run.settings.folder is not None)
+        loop = run.loop_of(run.task.evaluation if run.settings.eval_every else None) if run.train else None
+        steps = loop.fit(resume=run.settings.folder is not None) if loop else []
         self._hooks("after_task", run)
-        self.history.loops.append(History(found))
+        self.history.loops.append(History(steps))
         if self.score is not None:
             found = self._scores(self.tasks if self.scored == "all" else self.tasks[: index + 1])
             self.history.scores.append([*found, *[None] * (len(self.tasks) - len(found))])

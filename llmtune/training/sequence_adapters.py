@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 
-from llmtune.adapters.attach import adapter_parameters
+from llmtune.adapters.attach import active, adapter_names, adapter_parameters, set_active
 from llmtune.adapters.merge import merge
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.stack import AdapterStack
@@ -67,15 +69,22 @@ class AdapterPerTask(TaskMethod):
             before the adapter: tell `OnlineEWC` and `MemoryAwareSynapses` by `parameters` which ones adapters change.
         also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
             head that goes on from task to task.
+        alone: each adapter is trained and scored alone, the others switched off: no task can change another, and none
+            helps another. Which task a text is of must be known then.
 
     Raises:
         TypeError: `also` is one string.
+        ValueError: both `merge` and `alone`.
     """
 
-    def __init__(self, config: AdapterConfig, *, merge: bool = False, also: Collection[str] = ()) -> None:
+    def __init__(
+        self, config: AdapterConfig, *, merge: bool = False, also: Collection[str] = (), alone: bool = False
+    ) -> None:
         if isinstance(also, str):
             raise TypeError(f"also must be a list of beginnings of names; got the one string {also!r}")
-        self.config, self.merge, self.also = config, merge, tuple(also)
+        if merge and alone:
+            raise ValueError("a merged adapter cannot be switched off for another task: give merge or alone, not both")
+        self.config, self.merge, self.also, self.alone = config, merge, tuple(also), alone
 
     def before_task(self, run: TaskRun) -> None:
         """Attach the task's adapter, under the task's name (`adapter_name`).
@@ -88,10 +97,19 @@ class AdapterPerTask(TaskMethod):
         for start in self.also:
             if not any(name.startswith(start) for name in names):
                 raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
-        AdapterStack(model).start(self.config, adapter_name(run.task.name))
+        own = adapter_name(run.task.name)
+        AdapterStack(model).start(self.config, own)
+        if self.alone:
+            set_active(model, own)
         for name, parameter in model.named_parameters():
             if self.also and name.startswith(self.also):
                 parameter.requires_grad_(True)
+
+    def around_scoring(self, model: nn.Module, task: Task) -> AbstractContextManager[Any]:
+        """With `alone`, switch to the task's own adapter; none before the task was trained."""
+        if not self.alone:
+            return nullcontext()
+        return active(unwrap(model), [name for name in adapter_names(unwrap(model)) if name == adapter_name(task.name)])
 
     def after_task(self, run: TaskRun) -> None:
         """Merge the task's adapter, where that is asked for.

@@ -84,7 +84,9 @@ class TaskRun:
         callbacks: of the task's loop.
         wrap_optimizer: functions of the optimizer; what they return stands in its place, in this order.
         make_loop: makes the loop, called as `TrainingLoop` is.
-        loop: the loop; None before the task.
+        train: whether the task is trained at all; a method that learns in its own way sets it to False, and no step is
+            taken.
+        loop: the loop; None before the task, and where none is run.
     """
 
     model: nn.Module
@@ -99,6 +101,7 @@ class TaskRun:
     penalties: list[Penalty] = field(default_factory=list)
     callbacks: list[Callback] = field(default_factory=list)
     wrap_optimizer: list[Callable[[torch.optim.Optimizer], torch.optim.Optimizer]] = field(default_factory=list)
+    train: bool = True
     loop: Any = None
 
     def batches(self, examples: int | None = None, *, rows: int | None = None) -> Iterator[Batch]:

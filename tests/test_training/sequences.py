@@ -18,12 +18,14 @@ from llmtune.forgetting import (
     SynapticIntelligence,
     project_lora_a,
 )
+from llmtune.losses.classification import classification_loss
 from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2
 from llmtune.training.sequence import TaskSequence
 from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier
 from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, Replay
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.settings import LoopSettings
+from llmtune.training.statistics_head import HeadFromStatistics
 from llmtune.types import Callback
 
 NAMES = ("maths", "french", "law")
@@ -58,12 +60,13 @@ def settings(folder=None, **changed):
 class KeepsRows(TaskMethod):
     """A tiny replay: rows drawn at random from each task, mixed into the next ones; dies where it is told to."""
 
-    def __init__(self, death=()):
-        self.rows, self.death = [], tuple(death)
+    def __init__(self, death=(), *, mixed=True):
+        self.rows, self.death, self.mixed = [], tuple(death), mixed
 
     def before_task(self, run):
         die(self.death, ("before", run.index))
-        run.train_data = [*run.train_data, *({"input_ids": r.tolist(), "labels": r.tolist()} for r in self.rows)]
+        old = self.rows if self.mixed else []
+        run.train_data = [*run.train_data, *({"input_ids": r.tolist(), "labels": r.tolist()} for r in old)]
         run.callbacks.append(Dies(self.death, run.index))
 
     def after_task(self, run):
@@ -155,7 +158,13 @@ class HoldsApart(TaskMethod):
 
 def make_run(folder, *, kind="full", death=()):
     """A sequence of three tasks with state of every kind."""
-    if kind == "full":  # all weights, replay and EWC per task
+    tasks, more = language_tasks(), {}
+    if kind == "statistics":  # a body adapted to the first task, and a head out of sums
+        model = tiny_bert(labels=6, dropout=0.1)
+        methods = [HeadFromStatistics("classifier", adapt_first=True), KeepsRows(death, mixed=False)]
+        tasks = [Task(name, *(class_rows_of((2 * n, 2 * n + 1), seed=n) for _ in "te")) for n, name in enumerate(NAMES)]
+        more = {"loss": classification_loss, "score": "accuracy"}
+    elif kind == "full":  # all weights, replay and EWC per task
         model, methods = tiny_gpt2(dropout=0.1), [KeepsRows(death), EWCPerTask(3.0, examples=3)]
     elif kind == "lora":  # one LoRA for all tasks
         model, methods = tiny_gpt2(dropout=0.1), [KeepsRows(death), EWCPerTask(3.0, examples=3), L2SPToLast(0.1)]
@@ -175,14 +184,14 @@ def make_run(folder, *, kind="full", death=()):
         methods = [AdapterPerTask(LoRA(rank=3, alpha=6, targets=["c_attn"])), StartsApart(memory), KeepsRows(death)]
         methods += [*learning(), replay(per_task=True), DistillFromEarlier(0.5), HoldsApart()]
         methods += [OverTasks(memory, lambda part, run: part.finish_task(run.model, run.batches(4)))]
-    else:  # a LoRA a task, or merged one after the other
+    else:  # a LoRA a task, one upon the other, each alone, or merged one after the other
         model = tiny_gpt2(dropout=0.1)
-        adapters = AdapterPerTask(LoRA(rank=3, alpha=6, targets=["c_attn"]), merge=kind == "merge")
+        adapters = AdapterPerTask(
+            LoRA(rank=3, alpha=6, targets=["c_attn"]), merge=kind == "merge", alone=kind == "alone"
+        )
         methods = [adapters, KeepsRows(death), EWCPerTask(3.0, examples=3)]
         methods += [DistillFromEarlier(0.5)] if kind == "stack" else []
-    return AsRun(
-        TaskSequence(model, language_tasks(), settings=settings(folder), methods=methods, collate=collate_padded)
-    )
+    return AsRun(TaskSequence(model, tasks, settings=settings(folder), methods=methods, collate=collate_padded, **more))
 
 
 def classifier(labels=4, seed=0):

@@ -39,9 +39,14 @@ def test_a_kill_inside_a_later_task_changes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora", "stack", "merge", "slao", "many"])
+@pytest.mark.parametrize("kind", ["full", "lora", "stack", "alone", "merge", "slao", "many"])
 def test_a_kill_at_any_stage_changes_nothing(tmp_path, kind):
     ends_as_alone(tmp_path, kind, STAGES)
+
+
+def test_a_kill_changes_nothing_where_later_tasks_are_not_trained(tmp_path):
+    stages = [("step", 0, 2), ("after", 0), ("before", 1), ("after", 1), ("score", 2, "maths"), ("after", 2)]
+    ends_as_alone(tmp_path, "statistics", stages)
 
 
 @pytest.mark.slow

@@ -1,0 +1,126 @@
+"""The sequence's method that makes the head out of statistics, and adapters that stand alone."""
+
+import pytest
+import torch
+from runs import equal, weights
+from sequences import class_rows_of, classifier, settings
+from transformers import LlamaForSequenceClassification
+
+from llmtune.adapters import LoRA, active
+from llmtune.adapters.attach import adapter_names
+from llmtune.data.collate import collate_padded
+from llmtune.forgetting.class_statistics import ClassStatistics
+from llmtune.losses.classification import classification_loss
+from llmtune.losses.embedding import sentence_embeddings
+from llmtune.testing.models import tiny_llama
+from llmtune.training.sequence import TaskSequence
+from llmtune.training.sequence_adapters import AdapterPerTask
+from llmtune.training.sequence_task import Task
+from llmtune.training.statistics_head import HeadFromStatistics
+
+
+def tasks():
+    parts = [class_rows_of(labels, seed=n) for n, labels in enumerate([(0, 1), (2, 3, 4)])]
+    return [Task(f"part {n}", rows, rows) for n, rows in enumerate(parts)]
+
+
+def run(model, *methods, some=None, **changed):
+    given = {"settings": settings(), "collate": collate_padded, "loss": classification_loss, "score": "accuracy"}
+    return TaskSequence(model, some or tasks(), methods=methods, **(given | changed)).run()
+
+
+def entering(model, rows):
+    seen = []
+    handle = model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.eval()(**{name: value for name, value in collate_padded(rows).items() if name != "labels"})
+    handle.remove()
+    return seen[0]
+
+
+def test_the_head_is_that_of_all_rows_and_nothing_else_moves():
+    model = classifier(labels=5)
+    before, method = weights(model), HeadFromStatistics("classifier", shrinkage=0.3)
+    history = run(model, method)
+    assert [len(steps) for steps in history.loops] == [0, 0]
+    statistics = ClassStatistics(5, model.config.hidden_size)
+    for task in tasks():
+        statistics.add(entering(model, task.train), torch.tensor([row["labels"] for row in task.train]))
+    weight, bias = statistics.head(shrinkage=0.3)
+    torch.testing.assert_close(model.classifier.weight.data, weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model.classifier.bias.data, bias, rtol=1e-3, atol=1e-4)
+    body = [name for name in before if not name.startswith("classifier")]
+    assert equal({n: before[n] for n in body}, {n: weights(model)[n] for n in body})
+
+
+def test_the_order_of_tasks_changes_nothing():
+    found = []
+    for some in (tasks(), tasks()[::-1]):
+        model = classifier(labels=5)
+        run(model, HeadFromStatistics("classifier"), some=some)
+        found.append(model.classifier.weight.data)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_task_alone_is_trained_where_that_is_asked_for():
+    model = classifier(labels=5)
+    before = weights(model)
+    history = run(model, HeadFromStatistics("classifier", adapt_first=True))
+    assert [len(steps) for steps in history.loops] == [3, 0]
+    assert any(not torch.equal(before[name], now) for name, now in weights(model).items() if "layer" in name)
+
+
+def test_what_enters_the_head_may_be_said():
+    model = classifier(labels=5)
+    run(model, HeadFromStatistics("classifier", embed=lambda model, batch: sentence_embeddings(model, batch) * 2))
+    assert model.classifier.weight.abs().sum() > 0
+
+
+def test_a_decoder_gives_its_last_token():
+    model = LlamaForSequenceClassification(tiny_llama().config)
+    model.config.pad_token_id, model.num_labels = 0, 5
+    with pytest.raises(ValueError, match=r"with a weight .* and a bias"):
+        HeadFromStatistics("score").before_task(TaskRunOf(model))
+    model.score = torch.nn.Linear(model.config.hidden_size, 5)
+    with pytest.raises(ValueError, match=r"one vector a row.*embed="):
+        run(model, HeadFromStatistics("score"), score=None)
+    method = HeadFromStatistics("score", embed=lambda model, batch: sentence_embeddings(model, batch, pooling="last"))
+    history = run(model, method)
+    assert history.scores[0][0] > 0.9  # the two words that tell the first task's classes apart
+    states = model.eval().model(input_ids=torch.tensor([[3, 60, 70]])).last_hidden_state[:, -1]
+    torch.testing.assert_close(model(input_ids=torch.tensor([[3, 60, 70]])).logits, model.score(states))
+
+
+class TaskRunOf:
+    """As much of a run as the check looks at."""
+
+    def __init__(self, model):
+        self.model, self.index = model, 0
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="nothing of that name"):
+        run(classifier(labels=5), HeadFromStatistics("score"))
+    with pytest.raises(ValueError, match="shrinkage"):
+        HeadFromStatistics("classifier", shrinkage=2.0)
+    with pytest.raises(ValueError, match="merge or alone"):
+        AdapterPerTask(LoRA(rank=3, alpha=6), merge=True, alone=True)
+
+
+def test_adapters_alone_are_each_trained_on_the_base():
+    """The second task's adapter is what it would have been without the first, and each is scored by its own."""
+    adapter = LoRA(rank=3, alpha=6, targets=["query"], train_modules=["classifier"])
+    together = classifier(labels=5)
+    history = run(together, AdapterPerTask(adapter, alone=True))
+    assert history.scores[1][0] == history.scores[0][0]
+    names = ["part-0", "part-1"]
+    for number, task in enumerate(tasks()):
+        batch = collate_padded(task.train)
+        apart = classifier(labels=5)
+        run(apart, AdapterPerTask(adapter, alone=True), some=[task])
+        own = next(name for name in adapter_names(together) if name.startswith(names[number]))
+        with active(together, own), torch.no_grad():
+            found = together.eval()(**batch).logits
+        if number == 0:
+            assert torch.equal(found, apart.eval()(**batch).logits)
+        with active(together, ()), torch.no_grad():
+            assert torch.equal(together.eval()(**batch).logits, classifier(labels=5).eval()(**batch).logits)
