@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from common import RESULTS
-from forgetting_report import write_frontier
+from forgetting_frontier import write_frontier
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging

@@ -16,12 +16,21 @@ from llmtune.losses.classification import ClassificationLoss
 from llmtune.losses.confidence import ConfidencePenaltyLoss
 from llmtune.losses.focal import FocalLoss
 from llmtune.losses.masked_lm import MaskedLMLoss
+from llmtune.losses.own_classes import OwnClassesLoss
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
 from llmtune.modules import check_module, unwrap
 from llmtune.training.checks import loss_and_parts, targets_of
 from llmtune.types import LossFunction
 
-OF_LOGITS = (CausalLMLoss, ClassificationLoss, ConfidencePenaltyLoss, FocalLoss, MaskedLMLoss, SequenceToSequenceLoss)
+OF_LOGITS = (
+    CausalLMLoss,
+    ClassificationLoss,
+    ConfidencePenaltyLoss,
+    FocalLoss,
+    MaskedLMLoss,
+    OwnClassesLoss,
+    SequenceToSequenceLoss,
+)
 """Our losses that are a function of the labels and of the logits of one forward pass."""
 OF_CONFIG = ("is_encoder_decoder", "output_router_logits", "problem_type")
 """What a loss of logits may ask of the model's configuration; how the logits are made is no longer its concern."""
@@ -35,10 +44,10 @@ def trainer_loss(loss: LossFunction, model: nn.Module) -> Callable[..., Tensor]:
 
     The Trainer runs the model and hands over its outputs and the labels, so this is for losses of the logits:
     `CausalLMLoss` (smoothing and z-loss after the shift), `MaskedLMLoss`, `SequenceToSequenceLoss`,
-    `ClassificationLoss`, `FocalLoss` and `ConfidencePenaltyLoss`, and your own if it calls `model(...)` once and reads
-    `.logits`. Losses that run the model several times, hook it or need more of the batch are refused: `with_loss` has
-    them. Parts beside the loss are dropped, and the logits are all held, since the Trainer's forward pass has made
-    them. The Trainer takes the labels out of the batch, so an encoder-decoder needs "decoder_input_ids" in it
+    `ClassificationLoss`, `OwnClassesLoss`, `FocalLoss` and `ConfidencePenaltyLoss`, and your own if it calls
+    `model(...)` once and reads `.logits`. Losses that run the model several times, hook it or need more of the batch
+    are refused: `with_loss` has them. Parts beside the loss are dropped, and the logits are all held, since the
+    Trainer's forward pass has made them. The Trainer takes the labels out of the batch, so an encoder-decoder needs "decoder_input_ids" in it
     (`DataCollatorForSeq2Seq(model=model)` makes them).
 
     The number of targets is the Trainer's own count. Where that is not the loss's, no function of these arguments can

@@ -11,6 +11,7 @@ from llmtune.losses.features import FeatureDistillationLoss, feature_distillatio
 from llmtune.losses.focal import FocalLoss, focal_loss
 from llmtune.losses.head import Head, hidden_before_head, model_inputs
 from llmtune.losses.masked_lm import MaskedLMLoss, masked_lm_loss
+from llmtune.losses.own_classes import OwnClassesLoss, own_classes_cross_entropy
 from llmtune.losses.packed import check_documents_apart, document_leak
 from llmtune.losses.preference import DPOLoss, dpo_loss
 from llmtune.losses.sequence import sequence_log_probabilities
@@ -28,6 +29,7 @@ __all__ = [
     "FocalLoss",
     "Head",
     "MaskedLMLoss",
+    "OwnClassesLoss",
     "SequenceToSequenceLoss",
     "SupervisedContrastiveLoss",
     "causal_lm_loss",
@@ -46,6 +48,7 @@ __all__ = [
     "linear_kl_divergence",
     "masked_lm_loss",
     "model_inputs",
+    "own_classes_cross_entropy",
     "prototypical_loss",
     "sentence_embeddings",
     "sequence_log_probabilities",

@@ -22,7 +22,7 @@ from llmtune.training.randomness import fixed_randomness
 from llmtune.training.samples import GenerateSamples
 from llmtune.training.sequence import SequenceHistory, TaskSequence
 from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier
-from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, Replay
+from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, OwnClasses, Replay
 from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import shard
@@ -54,6 +54,7 @@ __all__ = [
     "LoopSettings",
     "NotebookView",
     "OverTasks",
+    "OwnClasses",
     "PartTrains",
     "Profile",
     "Replay",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from llmtune.adapters.effective import anchor_of, choose_parameters
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import check_kind, diagonal_fisher
+from llmtune.losses.own_classes import OwnClassesLoss
 from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.training.part_trains import check_whole
@@ -100,6 +102,24 @@ class L2SPToLast(TaskMethod):
         """Add the penalty, anchored at the model as it is."""
         if run.index:
             run.penalties.append(L2SP(run.model, self.strength, new=self.new))
+
+
+class OwnClasses(TaskMethod):
+    """Each task's rows are told apart among the task's own classes: `OwnClassesLoss`, of the labels of its rows.
+
+    For a head over the classes of all tasks. It stands in the place of the sequence's loss, so before the methods that
+    put something around the loss; rows that a buffer replays are told from all classes.
+    """
+
+    def before_task(self, run: TaskRun) -> None:
+        """Set the loss.
+
+        Raises:
+            ValueError: the task's rows are of fewer than two classes.
+        """
+        rows = (run.task.train[place] for place in range(len(run.task.train)))
+        labels = {label for row in rows for label in torch.as_tensor(row["labels"]).flatten().tolist()}
+        run.loss = OwnClassesLoss(tuple(sorted(labels - {-100})))
 
 
 class OverTasks(TaskMethod):

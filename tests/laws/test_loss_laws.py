@@ -23,6 +23,7 @@ from llmtune.losses.divergence import kl_divergence, linear_kl_divergence
 from llmtune.losses.features import FeatureDistillationLoss, feature_distillation_loss
 from llmtune.losses.focal import FocalLoss, focal_loss
 from llmtune.losses.masked_lm import MaskedLMLoss
+from llmtune.losses.own_classes import OwnClassesLoss, own_classes_cross_entropy
 from llmtune.losses.preference import DPOLoss, dpo_loss
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
 from llmtune.losses.supervised_contrastive import SupervisedContrastiveLoss
@@ -106,6 +107,15 @@ def plain_focal(z: Tensor, t: Tensor, *, gamma: float, weights: Tensor | None = 
     p = (torch.exp(z) / torch.exp(z).sum(1, keepdim=True))[torch.arange(len(t)), t]
     w = 1.0 if weights is None else weights[t]
     return (-w * (1 - p) ** gamma * torch.log(p)).mean()
+
+
+def plain_own_classes(z: Tensor, t: Tensor, *, own: tuple[int, ...]) -> Tensor:
+    """Row by row: among the own classes, or among all."""
+    losses = []
+    for row, target in zip(z[t != -100], t[t != -100].tolist(), strict=True):
+        among = own if target in own else range(C)
+        losses.append(torch.log(sum(torch.exp(row[c]) for c in among)) - row[target])
+    return sum(losses) / len(losses)
 
 
 def plain_entropy(z: Tensor) -> Tensor:
@@ -458,6 +468,11 @@ LOSSES = {
         partial(focal_loss, gamma=1.5, class_weights=WEIGHTS),
         partial(plain_focal, gamma=1.5, weights=WEIGHTS),
     ),
+    "own_classes_cross_entropy": (
+        partial(own_classes_cross_entropy, own=(5, 0, 3)),
+        partial(plain_own_classes, own=(0, 3, 5)),
+    ),
+    "OwnClassesLoss": (partial(of_batch, OwnClassesLoss((2, 4))), partial(plain_own_classes, own=(2, 4))),
     "FocalLoss": (
         partial(of_batch, FocalLoss(1.5, class_weights=tuple(WEIGHTS.tolist()))),
         partial(plain_focal, gamma=1.5, weights=WEIGHTS),

@@ -161,6 +161,7 @@ EXPORTED = {
     "DistillToModel": (forgetting.DistillToModel(tiny_llama(1), strength=1.0), tiny_llama, *TEXT),
     "FeatureDistillationLoss": (losses.FeatureDistillationLoss(tiny_llama(1), strength=1.0), tiny_llama, *TEXT),
     "FocalLoss": (losses.FocalLoss(), MODELS["classifier"][0], *CLASS),
+    "OwnClassesLoss": (losses.OwnClassesLoss((0, 1)), MODELS["classifier"][0], *CLASS),
     "FreeLBLoss": (regularizers.FreeLBLoss(**NUDGE), tiny_llama, *TEXT),
     "MaskedLMLoss": (MaskedLMLoss(), tiny_bert, *TEXT),
     "MixupLoss": (regularizers.MixupLoss(alpha=0.4), MODELS["classifier"][0], *CLASS),

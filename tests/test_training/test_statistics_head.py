@@ -12,10 +12,12 @@ from llmtune.data.collate import collate_padded
 from llmtune.forgetting.class_statistics import ClassStatistics
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.embedding import sentence_embeddings
+from llmtune.losses.own_classes import OwnClassesLoss
 from llmtune.testing.models import tiny_llama
 from llmtune.training.sequence import TaskSequence
 from llmtune.training.sequence_adapters import AdapterPerTask
-from llmtune.training.sequence_task import Task
+from llmtune.training.sequence_methods import OwnClasses
+from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.statistics_head import HeadFromStatistics
 
 
@@ -104,6 +106,20 @@ def test_bad_input_is_refused():
         HeadFromStatistics("classifier", shrinkage=2.0)
     with pytest.raises(ValueError, match="merge or alone"):
         AdapterPerTask(LoRA(rank=3, alpha=6), merge=True, alone=True)
+
+
+def test_own_classes_are_those_of_the_tasks_rows():
+    seen = []
+
+    class Notes(TaskMethod):
+        def before_task(self, run):
+            seen.append(run.loss)
+
+    model = classifier(labels=5)
+    before = weights(model)["classifier.weight"][:2]
+    run(model, OwnClasses(), Notes(), some=tasks()[1:])
+    assert seen == [OwnClassesLoss((2, 3, 4))]
+    assert torch.equal(weights(model)["classifier.weight"][:2], before)  # other classes' rows of the head stand still
 
 
 def test_adapters_alone_are_each_trained_on_the_base():
