@@ -47,8 +47,8 @@ def trainer_loss(loss: LossFunction, model: nn.Module) -> Callable[..., Tensor]:
     `ClassificationLoss`, `OwnClassesLoss`, `FocalLoss` and `ConfidencePenaltyLoss`, and your own if it calls
     `model(...)` once and reads `.logits`. Losses that run the model several times, hook it or need more of the batch
     are refused: `with_loss` has them. Parts beside the loss are dropped, and the logits are all held, since the
-    Trainer's forward pass has made them. The Trainer takes the labels out of the batch, so an encoder-decoder needs "decoder_input_ids" in it
-    (`DataCollatorForSeq2Seq(model=model)` makes them).
+    Trainer's forward pass has made them. The Trainer takes the labels out of the batch, so an encoder-decoder needs
+    "decoder_input_ids" in it (`DataCollatorForSeq2Seq(model=model)` makes them).
 
     The number of targets is the Trainer's own count. Where that is not the loss's, no function of these arguments can
     give the exact mean, since the other micro-batches are not seen, and it raises. So it does for causal models whose
