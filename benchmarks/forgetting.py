@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from common import RESULTS
 from forgetting_data import Stage, make_model, stream
-from forgetting_methods import JOINT, KNOWN, METHODS
 from forgetting_report import write
+from forgetting_table import JOINT, KNOWN, METHODS
 from transformers.utils import logging
 
 from llmtune.data import collate_padded
@@ -94,7 +94,7 @@ def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
     if job.method in JOINT:
         train, test = ([row for stage in stages for row in getattr(stage, part)] for part in ("train", "test"))
         tasks = [Task("all", train, test)]
-        settings = dataclasses.replace(settings, max_steps=STEPS[name] * len(stages))
+        settings = dataclasses.replace(settings, max_steps=STEPS[name] * len(stages) * knobs.get("times", 1))
     sequence = TaskSequence(
         model, tasks, settings=settings, methods=method.make(stages, knobs), collate=collate_padded,
         loss=classification_loss, score="accuracy", scored="seen",

@@ -1,10 +1,10 @@
-"""The methods that `forgetting.py` compares, each a list of `TaskMethod`s made of the library's parts."""
+"""What `forgetting.py` puts around tasks: `TaskMethod`s of the library's parts, where none is ready."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,22 +18,13 @@ from llmtune.forgetting import (
     SLAO,
     AveragedGEM,
     DERLoss,
-    GradientProjectionMemory,
-    MemoryAwareSynapses,
-    OnlineEWC,
-    OrthogonalGradientDescent,
     OrthogonalLoRA,
-    SynapticIntelligence,
     inflora_start,
     input_basis,
     with_teacher,
 )
 from llmtune.losses import classification_loss, kl_divergence
 from llmtune.training import (
-    AdapterPerTask,
-    HeadFromStatistics,
-    L2SPToLast,
-    OverTasks,
     Replay,
     Task,
     TaskMethod,
@@ -46,23 +37,6 @@ from llmtune.weights import interpolate
 EXAMPLES = 100  # of a task, for what is estimated from its data
 HEAD = ("classifier",)
 ADAPTER = LoRA(rank=8, alpha=16, targets="all-linear")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way through the tasks.
-
-    Attributes:
-        make: returns the methods for a stream.
-        rate: the learning rate; of every method of its kind (full or LoRA) the same.
-        settings: what else was chosen, as it stands in the run's file.
-        streams: what was chosen otherwise for a stream.
-    """
-
-    make: Callable[[Sequence[Stage], Mapping[str, Any]], list[TaskMethod]]
-    rate: float = 1e-4
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    streams: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def known(stages: Sequence[Stage]) -> bool:
@@ -290,69 +264,3 @@ class HeadOnly(TaskMethod):
         """Freeze it."""
         for name, parameter in run.model.named_parameters():
             parameter.requires_grad_(name.startswith(HEAD))
-
-
-def _over(make: Callable[[], Any], *, data: bool = True) -> list[TaskMethod]:
-    if data:
-        return [OverTasks(make(), lambda part, run: part.finish_task(run.model, run.batches(EXAMPLES)))]
-    return [OverTasks(make(), lambda part, run: part.finish_task(run.model))]
-
-
-def _orthogonal(stages: Sequence[Stage], knobs: Mapping[str, Any]) -> list[TaskMethod]:
-    return _over(lambda: OrthogonalGradientDescent(most=knobs["per_task"], parameters=_in_layers))
-
-
-def _adapters(*more: TaskMethod, **options: bool) -> list[TaskMethod]:
-    return [AdapterPerTask(ADAPTER, also=HEAD, **options), *more]
-
-
-def _statistics(adapt_first: bool) -> list[TaskMethod]:
-    return [HeadFromStatistics("classifier", adapt_first=adapt_first)]
-
-
-LORA = 1e-3
-SHARE = {"share": 0.01}
-REPLAY = {"share": 0.01, "ratio": 0.3}
-OWN = {"own": True}
-METHODS: dict[str, Method] = {
-    "joint": Method(lambda stages, knobs: []),
-    "frozen probe": Method(lambda stages, knobs: [HeadOnly()], rate=1e-2),
-    "sequential": Method(lambda stages, knobs: []),
-    "own classes": Method(lambda stages, knobs: [], settings=OWN),
-    "head alone": Method(lambda stages, knobs: [HeadOnly()], rate=1e-2),
-    "class statistics": Method(lambda stages, knobs: _statistics(False)),
-    "first task, then statistics": Method(lambda stages, knobs: _statistics(True)),
-    "L2-SP": Method(lambda stages, knobs: [L2SPToLast(knobs["strength"], new=_in_head)], settings={"strength": 10.0}),
-    "EWC": Method(lambda stages, knobs: _over(lambda: OnlineEWC(knobs["strength"])), settings={"strength": 1e3}),
-    "SI": Method(lambda s, knobs: _over(lambda: SynapticIntelligence(knobs["strength"]), data=False),
-                 settings={"strength": 1e2}),
-    "MAS": Method(lambda s, knobs: _over(lambda: MemoryAwareSynapses(knobs["strength"])), settings={"strength": 1.0}),
-    "LwF": Method(lambda stages, knobs: [LwF(stages, knobs["strength"])], settings={"strength": 1.0}),
-    "replay": Method(lambda stages, knobs: [Rehearsal(stages, knobs)], settings=REPLAY),
-    "replay and LwF": Method(lambda stages, knobs: [LwF(stages, knobs["strength"]), Rehearsal(stages, knobs)],
-                             settings={**REPLAY, "strength": 1.0}),
-    "DER++": Method(lambda stages, knobs: [DarkReplay(stages, knobs)], settings={**REPLAY, "alpha": 0.02, "beta": 1.0}),
-    "A-GEM, gradient": Method(lambda s, knobs: [AGEM(s, knobs, "gradient")], settings=SHARE),
-    "A-GEM, update": Method(lambda s, knobs: [AGEM(s, knobs, "update")], settings=SHARE),
-    "GPM, update": Method(lambda s, knobs: _over(lambda: GradientProjectionMemory(energy=knobs["energy"])),
-                          settings={"energy": 0.95}),
-    "OGD, update": Method(_orthogonal, settings={"per_task": 5}),
-    "WiSE-FT": Method(lambda stages, knobs: [Between(knobs["alpha"])], settings={"alpha": 0.5}),
-    "SeqLoRA": Method(lambda stages, knobs: [OneAdapter()], rate=LORA),
-    "SLAO": Method(lambda stages, knobs: [OneAdapter(slao=True)], rate=LORA),
-    "IncLoRA": Method(lambda stages, knobs: _adapters(), rate=LORA),
-    "merged LoRA": Method(lambda stages, knobs: _adapters(merge=True), rate=LORA),
-    "a LoRA a task": Method(lambda stages, knobs: _adapters(alone=True), rate=LORA),
-    "O-LoRA": Method(lambda s, knobs: _adapters(Orthogonal(knobs["strength"])), rate=LORA, settings={"strength": 0.5}),
-    "InfLoRA": Method(lambda s, knobs: _adapters(InfLoRA(knobs["energy"])), rate=LORA, settings={"energy": 0.95}),
-}  # fmt: skip
-JOINT = ("joint", "frozen probe")  # on the rows of all tasks at once
-KNOWN = ("a LoRA a task",)  # only where a row's task is known
-
-
-def _in_head(name: str) -> bool:
-    return name.startswith(HEAD)
-
-
-def _in_layers(name: str) -> bool:
-    return ".layer." in name

@@ -11,7 +11,7 @@ from llmtune.metrics import ContinualMatrix, compare_curves, mean_and_interval, 
 
 DOCS = Path(__file__).parent.parent / "docs" / "how-to"
 JOINT, SEQUENTIAL = "joint", "sequential"
-ALONE = (JOINT, "frozen probe")  # no sequence, so nothing is forgotten
+ALONE = (JOINT, "joint, longer", "frozen probe")  # no sequence, so nothing is forgotten
 PLOTTED = (
     SEQUENTIAL,
     "EWC",

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmtune.errors import check_state
 
 IGNORED = -100
-NEVER = -1e4  # the bias of a class without a row
+NEVER = -1e4  # how far a class without a row stays below the smallest logit that a chosen class can have
 
 
 class ClassStatistics:
@@ -20,10 +20,11 @@ class ClassStatistics:
     n_c, the rows of class c; s_c, the sum of their embeddings; and M, the sum of x x^T over all rows, in float64:
 
         m_c = s_c / n_c,    S = (M - sum_c n_c m_c m_c^T) / N,    S' = (1 - shrinkage) S + shrinkage tr(S) / E * I
-        weight_c = S'^-1 m_c,    bias_c = -1/2 m_c^T S'^-1 m_c  (+ log n_c / N with `prior`)
+        weight_c = S'^-1 (m_c - m),    bias_c = -1/2 (m_c + m)^T S'^-1 (m_c - m)  (+ log n_c / N with `prior`)
 
     which is the most probable class where every class is a Gaussian with covariance S'. With a shrinkage of 1 it is the
-    class whose mean is nearest.
+    class whose mean is nearest. m, the mean of all rows, changes no softmax; without it what all embeddings share would
+    be most of every logit, and the differences be lost in half precision.
 
     The encoder must not change from the first row to the last: an embedding that came of other weights does not fit.
 
@@ -37,7 +38,7 @@ class ClassStatistics:
         moment: [E, E].
 
     Raises:
-        ValueError: fewer than two classes, or no width.
+        ValueError: fewer than two classes, or no width; or one of them is no whole number.
 
     Example:
         >>> statistics = ClassStatistics(classes=3, width=2)
@@ -48,7 +49,7 @@ class ClassStatistics:
 
     Where we differ: the public code of streaming discriminant analysis updates its covariance by a running formula, one
     row at a time, so that it depends on the order by rounding and takes a step a row; here any number of rows is one
-    product.
+    product. The paper's head has no m.
 
     Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis" (2020), section 3;
     the shrinkage towards the mean variance as in Ledoit and Wolf, "A well-conditioned estimator for large-dimensional
@@ -56,7 +57,8 @@ class ClassStatistics:
     """
 
     def __init__(self, classes: int, width: int) -> None:
-        if classes < 2 or width < 1:
+        whole = isinstance(classes, int) and isinstance(width, int)
+        if not whole or classes < 2 or width < 1:
             raise ValueError(f"a head needs two classes or more and a width; got {classes!r} classes, width {width!r}")
         self.counts = torch.zeros(classes, dtype=torch.long)
         self.sums = torch.zeros(classes, width, dtype=torch.float64)
@@ -95,33 +97,36 @@ class ClassStatistics:
         self.moment.addmm_(x.T, x)
 
     def head(self, *, shrinkage: float = 0.1, prior: bool = False) -> tuple[Tensor, Tensor]:
-        """Return (weight [C, E], bias [C]) in float32; a class without a row has a bias of -1e4 and is never chosen.
+        """Return (weight [C, E], bias [C]) in float32; a class without a row is never chosen, whatever the embedding.
+
+        Such a class has a weight of 0 and a bias of 2 l - 1e4. l, 0 or less, is the mean over rows of their class's
+        bias. It is what no embedding's largest logit is below, since the weights have a mean of 0 over rows.
 
         Args:
             shrinkage: above 0 and at most 1, how much of the covariance is replaced by its mean variance.
             prior: count on the classes being as frequent as in the rows; else all are as probable.
 
         Raises:
-            ValueError: the shrinkage is out of range, or fewer than two classes have a row.
+            ValueError: the shrinkage is out of range, or no class has a row.
         """
         if not 0 < shrinkage <= 1:
             raise ValueError(f"shrinkage must be above 0 and at most 1; got {shrinkage!r}")
         there = self.counts > 0
-        if int(there.sum()) < 2:
-            raise ValueError(f"a head needs rows of two classes or more; {int(there.sum())} of {len(there)} have some")
-        means = self.sums[there] / self.counts[there, None]
+        if not bool(there.any()):
+            raise ValueError(f"a head needs rows with labels, and none of {len(there)} classes has one: add some")
+        share = (self.counts[there] / self.counts.sum()).double()
+        means, middle = self.sums[there] / self.counts[there, None], self.sums.sum(0) / self.counts.sum()
         within = (self.moment - self.sums[there].T @ means) / self.counts.sum()
         within = (within + within.T) / 2
         level = within.trace().clamp(min=0) / len(within)
         if float(level) <= 1e-12 * float(means.square().mean()):  # one row a class, or all alike: nearest mean
             shrinkage, level = 1.0, torch.ones_like(level)
         eye = torch.eye(len(within), dtype=torch.float64)
-        found = torch.linalg.solve((1 - shrinkage) * within + shrinkage * level * eye, means.T).T
-        weight = torch.zeros_like(self.sums)
-        bias = torch.full((len(there),), NEVER, dtype=torch.float64)
-        weight[there], bias[there] = found, -(found * means).sum(1) / 2
-        if prior:
-            bias[there] += (self.counts[there] / self.counts.sum()).log()
+        found = torch.linalg.solve((1 - shrinkage) * within + shrinkage * level * eye, (means - middle).T).T
+        apart = -(found * (means + middle)).sum(1) / 2 + (share.log() if prior else 0)
+        weight, bias = torch.zeros_like(self.sums), torch.full((len(there),), NEVER, dtype=torch.float64)
+        bias += 2 * (share * apart).sum()  # once would do, but for the rounding of a head in half precision
+        weight[there], bias[there] = found, apart
         return weight.float(), bias.float()
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ def own_classes_cross_entropy(
     Raises:
         ValueError: a shape, a target, a class or an option is out of range, or no row carries a label and the mean is
             asked for.
-        TypeError: the targets are no integers.
+        TypeError: the targets or the classes are no integers.
 
     Example:
         >>> logits, targets = torch.tensor([[1.0, 1.0, 9.0], [1.0, 1.0, 9.0]]), torch.tensor([0, 2])
@@ -53,7 +54,7 @@ def own_classes_cross_entropy(
     C = logits.shape[-1] if logits.ndim else 0
     if targets.shape != logits.shape[:-1] or logits.ndim < 1:
         raise ValueError(f"expected logits [..., C] and targets [...]; got {[*logits.shape]} and {[*targets.shape]}")
-    check_own(own, C)
+    classes = check_own(own, C)
     z, t = logits.reshape(-1, C), targets.flatten()
     rows = labelled_rows(t, C, ignore_index=ignore_index)
     if rows is not None:
@@ -61,7 +62,7 @@ def own_classes_cross_entropy(
     if len(t) == 0 and reduction == "mean":
         raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (all {ignore_index})")
     mine = torch.zeros(C, dtype=torch.bool, device=z.device)
-    mine[list(own)] = True
+    mine[classes] = True
     t = t.long()
     left_out = mine[t][:, None] & ~mine
     losses = F.cross_entropy(at_least_float32(z).masked_fill(left_out, -torch.inf), t, reduction="none")
@@ -77,6 +78,7 @@ class OwnClassesLoss:
 
     Raises:
         ValueError: fewer than two classes, one twice, or one below 0.
+        TypeError: one is no whole number.
 
     Example:
         >>> from llmtune.testing.models import tiny_bert
@@ -89,8 +91,7 @@ class OwnClassesLoss:
     own: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "own", tuple(int(one) for one in self.own))
-        check_own(self.own, None)
+        object.__setattr__(self, "own", tuple(check_own(self.own, None)))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean loss over `count_targets(batch)` targets, a scalar in at least float32.
@@ -111,8 +112,14 @@ class OwnClassesLoss:
         return ClassificationLoss().count_targets(batch)
 
 
-def check_own(own: Sequence[int], C: int | None) -> None:
-    """Raise ValueError where these are not two or more different classes of C."""
-    if len(own) < 2 or len(set(own)) < len(own) or min(own) < 0 or (C is not None and max(own) >= C):
+def check_own(own: Sequence[int], C: int | None) -> list[int]:
+    """Return the classes; raise ValueError where they are not two or more different ones of C, TypeError where one is
+    no whole number."""
+    try:
+        classes = [operator.index(one) for one in own]
+    except TypeError:
+        raise TypeError(f"own must be the numbers of classes, whole ones; got {own!r:.80}") from None
+    if len(set(classes)) < max(2, len(classes)) or min(classes) < 0 or (C is not None and max(classes) >= C):
         among = "from 0" if C is None else f"of 0 to {C - 1}"
-        raise ValueError(f"own must be two or more different classes {among}; got {list(own)}")
+        raise ValueError(f"own must be two or more different classes {among}; got {classes}")
+    return classes

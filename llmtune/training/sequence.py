@@ -163,7 +163,7 @@ class TaskSequence:
         """Train one task, let the methods take from it, score all, and save."""
         run = self.run_now = self._arranged(index)
         loop = run.loop_of(run.task.evaluation if run.settings.eval_every else None) if run.train else None
-        steps = loop.fit(resume=run.settings.folder is not None) if loop else []
+        steps = [] if loop is None else loop.fit(resume=run.settings.folder is not None)
         self._hooks("after_task", run)
         self.history.loops.append(History(steps))
         if self.score is not None:

@@ -70,7 +70,7 @@ class AdapterPerTask(TaskMethod):
         also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
             head that goes on from task to task.
         alone: each adapter is trained and scored alone, the others switched off: no task can change another, and none
-            helps another. Which task a text is of must be known then.
+            helps another, but for what `also` names, which they share. Which task a text is of must be known then.
 
     Raises:
         TypeError: `also` is one string.
@@ -98,7 +98,8 @@ class AdapterPerTask(TaskMethod):
             if not any(name.startswith(start) for name in names):
                 raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
         own = adapter_name(run.task.name)
-        AdapterStack(model).start(self.config, own)
+        with active(model, ()) if self.alone else nullcontext():  # a head's copy is of the one in use: here the base's
+            AdapterStack(model).start(self.config, own)
         if self.alone:
             set_active(model, own)
         for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmtune.adapters.effective import anchor_of, choose_parameters
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import check_kind, diagonal_fisher
+from llmtune.losses.classification import classification_loss
 from llmtune.losses.own_classes import OwnClassesLoss
 from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.l2sp import L2SP
@@ -107,18 +108,35 @@ class L2SPToLast(TaskMethod):
 class OwnClasses(TaskMethod):
     """Each task's rows are told apart among the task's own classes: `OwnClassesLoss`, of the labels of its rows.
 
-    For a head over the classes of all tasks. It stands in the place of the sequence's loss, so before the methods that
-    put something around the loss; rows that a buffer replays are told from all classes.
+    For a head over the classes of all tasks. It stands in the place of `classification_loss`, so before the methods
+    that put something around the loss; rows that a buffer replays are told from all classes.
     """
 
     def before_task(self, run: TaskRun) -> None:
         """Set the loss.
 
         Raises:
-            ValueError: the task's rows are of fewer than two classes.
+            ValueError: a row has no labels, the rows are of fewer than two classes, or the loss is another one, which
+                would be lost.
+            TypeError: the labels are no integers.
         """
-        rows = (run.task.train[place] for place in range(len(run.task.train)))
-        labels = {label for row in rows for label in torch.as_tensor(row["labels"]).flatten().tolist()}
+        if run.loss != classification_loss:
+            raise ValueError(
+                f"OwnClasses stands in the place of classification_loss, and the loss here is {run.loss!r:.80}, which "
+                "would be lost: give the sequence loss=classification_loss, and put OwnClasses before the methods that "
+                "put something around the loss"
+            )
+        labels: set[int] = set()
+        for place in range(len(run.task.train)):
+            row = run.task.train[place]
+            if "labels" not in row:
+                raise ValueError(f'row {place} of task "{run.task.name}" has no "labels"; it has {sorted(row)}')
+            labels.update(torch.as_tensor(row["labels"]).flatten().tolist())
+        if len(labels - {-100}) < 2:
+            raise ValueError(
+                f'OwnClasses tells two or more classes apart, and the rows of task "{run.task.name}" are of '
+                f"{sorted(labels - {-100})}: leave the method out, or give a task more classes"
+            )
         run.loss = OwnClassesLoss(tuple(sorted(labels - {-100})))
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from llmtune.adapters.layer import adapter_chain
+from llmtune.adapters.trained_copy import TrainedCopy, running
+from llmtune.errors import check_state
 from llmtune.forgetting.class_statistics import ClassStatistics
 from llmtune.losses.head import model_inputs
-from llmtune.modules import reference_pass, unwrap
+from llmtune.modules import marked, reference_pass, unwrap
 from llmtune.training.sequence_task import TaskMethod, TaskRun
 from llmtune.types import Batch
 
@@ -19,11 +23,15 @@ class HeadFromStatistics(TaskMethod):
 
     After each task the embeddings of its rows go into a `ClassStatistics`, and the head's weight and bias are those of
     linear discriminant analysis over all classes so far. No row is kept. All classes are numbered through, one head
-    over all of them.
+    over all of them. In an adapter's `train_modules` it is the copy in use that is set.
+
+    Nothing else may change the body between tasks: sums of embeddings of two bodies are of neither. Methods that take
+    something from a task's training (`EWCPerTask`, `SynapticIntelligence`) find none, and raise.
 
     Args:
-        head: the name of the linear head, as "classifier" (BERT), "score" (Llama, GPT-2). It needs a bias, which those
-            two lack: `model.score = nn.Linear(E, C)` gives them one.
+        head: the name of the linear head in the model without adapters, as "classifier" (BERT), "classifier.out_proj"
+            (RoBERTa), "score" (Llama, GPT-2). It needs a bias, which those two lack: `model.score = nn.Linear(E, C)`
+            gives them one.
         adapt_first: train on the first task as it is arranged, by the loop, and freeze the model then; else it is
             frozen from the start, and stays as it was pretrained.
         shrinkage: of the covariance, as in `ClassStatistics.head`.
@@ -35,6 +43,7 @@ class HeadFromStatistics(TaskMethod):
 
     Raises:
         ValueError: the shrinkage is out of range.
+        TypeError: head is no name, or embed cannot be called.
 
     Example:
         >>> from llmtune.testing.models import tiny_bert
@@ -65,6 +74,8 @@ class HeadFromStatistics(TaskMethod):
     ) -> None:
         if not 0 < shrinkage <= 1:
             raise ValueError(f"shrinkage must be above 0 and at most 1; got {shrinkage!r}")
+        if not isinstance(head, str) or not (embed is None or callable(embed)):
+            raise TypeError(f"head is a module's name, embed a function of (model, batch); got {head!r} and {embed!r}")
         self.head, self.adapt_first, self.shrinkage, self.embed = head, adapt_first, shrinkage, embed
         self.statistics: ClassStatistics | None = None
 
@@ -72,7 +83,8 @@ class HeadFromStatistics(TaskMethod):
         """Freeze the model, but for a first task it is adapted to.
 
         Raises:
-            ValueError: the model has no such head, or it is none of numbers [C, E].
+            ValueError: the model has no such head, it is no linear layer with a bias, or an adapter changes what it
+                gives.
         """
         self._linear(run.model)
         if run.index or not self.adapt_first:
@@ -83,19 +95,32 @@ class HeadFromStatistics(TaskMethod):
         """Add the task's rows to the sums, and set the head.
 
         Raises:
-            ValueError: what enters the head is not one vector a row, or as `ClassStatistics.add`.
+            ValueError: a batch has no labels, what enters the head is not one vector a row, the head has another shape
+                than before or too few digits for its numbers, or as `ClassStatistics.add`. Nothing was done.
+            TypeError: as `ClassStatistics.add`.
         """
-        head = self._linear(run.model)
-        if self.statistics is None:
-            self.statistics = ClassStatistics(*head.weight.shape)
-        model, device = unwrap(run.model), head.weight.device
+        place, linear = self._linear(run.model)
+        statistics = ClassStatistics(*linear.weight.shape)
+        if self.statistics is not None:
+            statistics.load_state_dict(self.statistics.state_dict())
+        model = unwrap(run.model)
+        device = next(model.parameters()).device
         with reference_pass(model):
             for batch in run.batches():
+                labels = batch.get("labels")
+                if not isinstance(labels, Tensor):
+                    raise ValueError(f'a batch must have "labels", a tensor [B] of classes; got {labels!r}')
                 held = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-                self.statistics.add(self._embeddings(model, head, held), batch["labels"])
-            weight, bias = self.statistics.head(shrinkage=self.shrinkage)
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
+                statistics.add(self._embeddings(model, place, held), labels)
+            weight, bias = (new.to(linear.weight.dtype) for new in statistics.head(shrinkage=self.shrinkage))
+            if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+                raise ValueError(
+                    f"the head's numbers are too large for {weight.dtype}: load the model in float32 or bfloat16, or "
+                    "give a larger shrinkage"
+                )
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
+        self.statistics = statistics
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums; nothing before the first task has ended."""
@@ -103,18 +128,23 @@ class HeadFromStatistics(TaskMethod):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
-        self.statistics = ClassStatistics(*state["sums"].shape) if state else None
-        if self.statistics is not None:
+        self.statistics = None
+        if state:
+            check_state(state, ("sums",), "HeadFromStatistics")
+            self.statistics = ClassStatistics(*state["sums"].shape)
             self.statistics.load_state_dict(state)
 
-    def _embeddings(self, model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
+    def _embeddings(self, model: nn.Module, place: nn.Module, batch: Batch) -> Tensor:
         if self.embed is not None:
             return self.embed(model, batch)
         seen: list[Any] = []
-        handle = head.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+        handle = place.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
+        own: Any = type(place)
+        place.__class__ = marked(own)
         try:
             model(**model_inputs(model, batch))
         finally:
+            place.__class__ = own
             handle.remove()
         if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim != 2:
             came = [list(one.shape) if isinstance(one, Tensor) else one for one in seen]
@@ -124,13 +154,25 @@ class HeadFromStatistics(TaskMethod):
             )
         return seen[0]
 
-    def _linear(self, model: nn.Module) -> Any:
-        found = dict(unwrap(model).named_modules()).get(self.head)
-        weight, bias = getattr(found, "weight", None), getattr(found, "bias", None)
-        if not (isinstance(weight, Tensor) and weight.ndim == 2 and isinstance(bias, Tensor)):
+    def _linear(self, model: nn.Module) -> tuple[Any, Any]:
+        """Return the module at the head's place, which is called, and the linear layer that runs there."""
+        try:
+            found = unwrap(unwrap(model).get_submodule(self.head))  # through adapters' copies, which hand on names
+        except AttributeError:
+            found = None
+        chain = adapter_chain(found) if found is not None else []
+        for layer in chain:
+            if layer.takes_part and not isinstance(layer, TrainedCopy):
+                raise ValueError(
+                    f'adapter "{layer.adapter_name}" changes what "{self.head}" gives, so that no head could be set '
+                    "there: leave it out of the adapter's targets, or name it in train_modules instead"
+                )
+        linear: Any = None if found is None else unwrap(running(found))
+        own = isinstance(linear, nn.Linear) and isinstance(linear.weight, nn.Parameter)  # weight norm computes one
+        if not (own and linear.weight.is_floating_point() and isinstance(linear.bias, nn.Parameter)):
             raise ValueError(
-                f'"{self.head}" must be a linear head of the model, with a weight [C, E] and a bias; found '
-                f"{'nothing of that name' if found is None else type(found).__name__}. Where the head has no bias "
-                "(Llama, GPT-2), put one in its place that has: model.score = nn.Linear(E, C)"
+                f'"{self.head}" must be a linear head of the model (nn.Linear), with a weight [C, E] and a bias of its '
+                f"own; found {'nothing of that name' if linear is None else type(linear).__name__}. Where the head has "
+                "no bias (Llama, GPT-2), put one in its place that has: model.score = nn.Linear(E, C)"
             )
-        return found
+        return found, linear
