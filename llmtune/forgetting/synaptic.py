@@ -13,6 +13,7 @@ from llmtune.adapters.effective import Choice, EffectiveParameter, choose_parame
 from llmtune.forgetting.importance import ImportancePenalty
 from llmtune.forgetting.step_change import StepChange, trained_parts
 from llmtune.modules import unwrap
+from llmtune.optim.wrapped import inner_optimizer
 
 
 def path_importance(path: Tensor, change: Tensor, *, damping: float) -> Tensor:
@@ -121,6 +122,7 @@ class SynapticIntelligence(ImportancePenalty):
         """
         if self._handles:
             raise ValueError("this SynapticIntelligence is attached already: detach it first, or make another one")
+        optimizer = inner_optimizer(optimizer)
         entries = choose_parameters(unwrap(model), self.parameters)
         followed = {name: entry for name, entry in entries.items() if trained_parts(entry)}
         if not followed:

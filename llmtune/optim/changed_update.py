@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtune.optim.wrapped import inner_optimizer
+
 
 class ChangedUpdate(ABC):
     """Hooks on a torch optimizer that correct what its steps do to some parameters.
@@ -37,6 +39,7 @@ class ChangedUpdate(ABC):
         kind = type(self).__name__
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"{kind} takes a torch optimizer that has been made; got {optimizer!r}")
+        optimizer = inner_optimizer(optimizer)
         _check_parameters(kind, optimizer, parameters)
         self.optimizer, self.parameters = optimizer, list(parameters)
         self._before: dict[Tensor, Tensor] = {}

@@ -12,6 +12,7 @@ from llmtune.adapters.anchor import fingerprint
 from llmtune.adapters.effective import effective_parameters
 from llmtune.errors import CheckpointError, did_you_mean
 from llmtune.modules import unwrap
+from llmtune.optim.wrapped import inner_optimizer
 from llmtune.regularizers.child_mask import check_share, child_mask
 from llmtune.types import Callback
 
@@ -95,7 +96,7 @@ class ChildTuning(Callback):
         if self._hooks:
             raise ValueError("this ChildTuning is attached already: detach it first, or make another one")
         self._outside = {} if self.child is None else _outside(self.child, model)
-        self._optimizer = optimizer
+        self._optimizer = optimizer = inner_optimizer(optimizer)
         if self.child is not None or self.of == "update":
             first = optimizer.register_step_pre_hook(self._remember)
             every: Any = optimizer._optimizer_step_pre_hooks  # an OrderedDict

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.optim.wrapped import inner_optimizer
 from llmtune.regularizers.anchored import Anchored
 
 
@@ -92,6 +93,7 @@ class DecoupledL2SP(Anchored):
         """
         if self._hook is not None:
             raise ValueError("this DecoupledL2SP is attached already: detach it first, or make another one")
+        optimizer = inner_optimizer(optimizer)
         groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         held: dict[int, tuple[list[nn.Parameter], list[Tensor]]] = {}
         entries = self.anchored(model)
