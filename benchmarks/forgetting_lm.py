@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from llmtune.adapters import LoRA, attach, interpolated
-from llmtune.data import MixedBatches, chat_examples, collate_packed
+from llmtune.data import MixedBatches, chat_examples, collate_padded
 from llmtune.forgetting import (
     EWC,
     DistillToBase,
@@ -55,11 +55,11 @@ from llmtune.weights import interpolate
 
 FOLDER = RESULTS / "forgetting-lm"
 STEPS, ROWS = 40, {"gsm8k": 4, "multi30k": 8}
-HELD = {"gsm8k": 60, "multi30k": 150}  # held-out rows
-PART, PARTS = 256, 16  # tokens of a piece of WikiText-2, and how many pieces are scored
+HELD = {"gsm8k": 32, "multi30k": 96}  # held-out rows
+PART, PARTS = 256, 10  # tokens of a piece of WikiText-2, and how many pieces are scored
 SYNTHESISED, LENGTH = 160, 64  # rows that the model writes itself, and their tokens
 STARTS = ((0,), (1,))  # the tokens that begin a document and a conversation: from them the model writes
-STOPS = (5, 10, 20)  # the steps at which full fine-tuning is looked at on its way
+STOPS = (10, 20)  # the steps at which full fine-tuning is looked at on its way
 LINE = (0.25, 0.5, 0.75)  # the places on the line from base to tuned
 
 Rows = list[dict[str, list[int]]]
@@ -106,8 +106,8 @@ def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
     train, held = task_rows(tokenizer, data, job.task)
     look = Look(
         base,
-        [collate_packed(held[i : i + 8]) for i in range(0, len(held), 8)],
-        [collate_packed(piece) for piece in text_rows(tokenizer, data / "wikitext2" / "test.txt")[:PARTS]],
+        [collate_padded(held[i : i + 8]) for i in range(0, len(held), 8)],
+        [collate_padded(piece) for piece in text_rows(tokenizer, data / "wikitext2" / "test.txt")[:PARTS]],
     )
     options = arrange(job, model, base, train, lambda: text_rows(tokenizer, data / "wikitext2" / "valid.txt"))
     points: list[dict[str, Any]] = []
@@ -117,7 +117,7 @@ def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
         max_steps=STEPS, rows_per_step=ROWS[job.task], learning_rate=options.pop("rate"), warmup_steps=STEPS // 10,
         precision="bf16", seed=job.seed, progress=False,
     )  # fmt: skip
-    TrainingLoop(model, options.pop("rows"), settings=settings, collate=collate_packed, **options).fit()
+    TrainingLoop(model, options.pop("rows"), settings=settings, collate=collate_padded, **options).fit()
     points.append(look(model, job.method, job.value))
     if job.method == "full":
         ends = [{name: tensor.clone() for name, tensor in one.state_dict().items()} for one in (base, model)]
@@ -151,7 +151,7 @@ def arrange(job: Job, model: nn.Module, base: nn.Module, train: Rows, text: Call
         if job.method == "own texts":
             found["rows"] = MixedBatches(train, written, ratio=value, seed=job.seed)
         else:
-            batches = [collate_packed(written[i : i + 4]) for i in range(0, 64, 4)]
+            batches = [collate_padded(written[i : i + 4]) for i in range(0, 64, 4)]
             fisher = diagonal_fisher(model, batches, kind="empirical")
             found["penalties"] = (EWC(fisher, anchor_of(model), value),)
     if job.method == "WikiText replay":
