@@ -1,6 +1,6 @@
 """Whether EWC's best strength depends on the size of the batches that its importances are taken from.
 
-    python benchmarks/ewc_batches.py --models MODELS --data DATA [--seeds 100 101] [--minutes 60] [--jobs 2] [--write]
+    python benchmarks/ewc_batches.py --models MODELS --data DATA [--seeds 100] [--minutes 60] [--jobs 2] [--write]
 
 The importance of a weight is the mean over examples of its squared gradient. Some public implementations square the
 gradient of a batch's mean loss instead, which is about so many times smaller as there are rows in a batch. Three tasks
@@ -36,7 +36,7 @@ from llmtune.training import LoopSettings, Task, TaskMethod, TaskRun, TaskSequen
 from llmtune.types import Batch
 
 FOLDER, FILE = RESULTS / "ewc-batches", RESULTS / "ewc-batches.json"
-STRENGTHS = (1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6)
+STRENGTHS = (1e4, 3e4, 1e5, 3e5, 1e6, 3e6, 1e7)
 BATCHES = (1, 8, 32)
 TASKS, STEPS, EXAMPLES = 3, 60, 96
 
@@ -134,7 +134,8 @@ def write(seeds: Sequence[int]) -> None:
             some = [one["accuracy"] for one in found if (one["kind"], one["strength"]) == (kind, strength)]
             row[f"{strength:g}"] = round(100 * sum(some) / len(some), 1) if some else float("nan")
         best = max(row, key=lambda strength: row[strength])
-        print(f"| {kind} | " + " | ".join(f"{value:.1f}" for value in row.values()) + f" | {best} |")
+        title = f"squared means of {kind.split()[-1]} rows" if kind.startswith("squared") else "single examples"
+        print(f"| {title} | " + " | ".join(f"{value:.1f}" for value in row.values()) + f" | {best} |")
         table[kind] = row
     apart = max(one["apart"] for one in found)
     print(f"\nimportances of single examples in batches of 1, 8 and 32 differ by {apart:.1e} of the largest at most")
@@ -147,7 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100])
     parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
     parser.add_argument("--write", action="store_true", help="print the table of the runs there, and keep it")

@@ -122,8 +122,7 @@ class SynapticIntelligence(ImportancePenalty):
         """
         if self._handles:
             raise ValueError("this SynapticIntelligence is attached already: detach it first, or make another one")
-        optimizer = inner_optimizer(optimizer)
-        entries = choose_parameters(unwrap(model), self.parameters)
+        inner, entries = inner_optimizer(optimizer), choose_parameters(unwrap(model), self.parameters)
         followed = {name: entry for name, entry in entries.items() if trained_parts(entry)}
         if not followed:
             raise ValueError(
@@ -153,9 +152,8 @@ class SynapticIntelligence(ImportancePenalty):
                 wide = torch.promote_types(entry.parameter.dtype, torch.float32)
                 self.path[name] = torch.zeros_like(entry.parameter, dtype=wide, requires_grad=False)
         self._entries, self._moved = followed, {}
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)
-        ]  # fmt: skip
+        before, after = self._before_step, self._after_step
+        self._handles = [inner.register_step_pre_hook(before), inner.register_step_post_hook(after)]
 
     def detach(self) -> None:
         """Follow no more; what was collected stays, so adapters may be merged now. Nothing where it is not attached."""

@@ -84,8 +84,8 @@ def test_a_part_is_attached_to_the_optimizer_inside_the_wrapper(tmp_path):
 
 
 def test_no_step_goes_against_stored_examples(tmp_path):
-    """The stored texts go on with other tokens than those that are trained on: without a guard steps go against them."""
-    others = [{**row, "labels": [token if token < 0 else (token + 1) % 90 for token in row["labels"]]} for row in texts()]
+    """The stored texts go on with other tokens than those trained on: without a guard steps go against them."""
+    others = [{**row, "labels": [t if t < 0 else (t + 1) % 90 for t in row["labels"]]} for row in texts()]
     old = [collate_padded(others[:4])]
     found = {}
     for projected in (True, False):
