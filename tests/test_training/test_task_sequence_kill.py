@@ -44,6 +44,7 @@ def test_a_kill_at_any_stage_changes_nothing(tmp_path, kind):
     ends_as_alone(tmp_path, kind, STAGES)
 
 
+@pytest.mark.slow
 def test_a_kill_changes_nothing_where_later_tasks_are_not_trained(tmp_path):
     stages = [("step", 0, 2), ("after", 0), ("before", 1), ("after", 1), ("score", 2, "maths"), ("after", 2)]
     ends_as_alone(tmp_path, "statistics", stages)
