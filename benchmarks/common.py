@@ -6,18 +6,24 @@ one run, in turns (A B, B A, A B ...), by the median over pairs, so that a machi
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+J = TypeVar("J")
+R = TypeVar("R")
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "einops", "peft", "trl", "accelerate", "liger-kernel")
 
@@ -112,6 +118,43 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
         return
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark of many runs takes."""
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
+    parser.add_argument("--write", action="store_true", help="print the tables and draw the plots of the runs there")
+
+
+def run_jobs(
+    jobs: Iterable[J], run: Callable[[J], R], keep: Callable[[J, R], None], *, minutes: float, processes: int
+) -> bool:
+    """Run jobs in several processes, none begun after so many minutes; return whether all were run.
+
+    Args:
+        jobs: what is to be run, each for `run`.
+        run: called in a process of its own; a module's function, or a partial of one.
+        keep: called here with each job and what came of it, as it ends.
+        minutes: from now.
+        processes: side by side.
+    """
+    end, late = time.monotonic() + 60 * minutes, False
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for job, found in pool.imap_unordered(partial(_in_time, run=run, end=end), jobs):
+            if found is None:
+                late = True  # those that are under way are waited for
+            else:
+                keep(job, found)
+    if late:
+        print("out of time; call again to go on")
+    return not late
+
+
+def _in_time(job: J, *, run: Callable[[J], R], end: float) -> tuple[J, R | None]:
+    return job, None if time.monotonic() > end else run(job)
 
 
 def peak_memory() -> int:

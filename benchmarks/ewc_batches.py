@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine
+from common import RESULTS, add_run_options, machine, run_jobs
 from forgetting import without_task
 from forgetting_data import make_model, stream
 from torch import Tensor, nn
@@ -86,14 +84,15 @@ class Held(TaskMethod):
 
         new = taken(self.rows)
         if run.index == 0 and self.importances is single_examples:
-            for other in map(taken, BATCHES):
+            for other in (taken(size) for size in BATCHES if size != self.rows):
                 self.apart = max(self.apart, *(float((new[n] - other[n]).abs().max() / new[n].max()) for n in new))
         self.total = {name: value + self.total.get(name, 0) for name, value in new.items()}
         self.anchor = anchor_of(run.model)
 
 
-def run(kind: str, strength: float, seed: int, models: Path, data: Path) -> dict[str, Any]:
+def run(job: tuple[str, float, int], models: Path, data: Path) -> dict[str, Any]:
     """Train three tasks and return the scores."""
+    kind, strength, seed = job
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -114,15 +113,17 @@ def run(kind: str, strength: float, seed: int, models: Path, data: Path) -> dict
 KINDS = ("single examples 1", *(f"squared means {rows}" for rows in BATCHES[1:]))
 
 
-def _guarded(job: tuple[str, float, int], *, models: Path, data: Path, end: float) -> tuple[Any, Any]:
-    return job, None if time.monotonic() > end else run(*job, models, data)
-
-
 def _file(kind: str, strength: float, seed: int) -> Path:
     return FOLDER / f"{kind.replace(' ', '-')}-{strength:g}-{seed}.json"
 
 
-def write(seeds: Sequence[int]) -> None:
+def keep(job: tuple[str, float, int], found: dict[str, Any]) -> None:
+    """Write a run's file."""
+    _file(*job).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    print(*job, found["accuracy"], found["apart"], flush=True)
+
+
+def write() -> None:
     """Print the table, and keep it."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
     table: dict[str, dict[str, float]] = {}
@@ -139,34 +140,24 @@ def write(seeds: Sequence[int]) -> None:
         table[kind] = row
     apart = max(one["apart"] for one in found)
     print(f"\nimportances of single examples in batches of 1, 8 and 32 differ by {apart:.1e} of the largest at most")
-    result = {"machine": machine(), "seeds": list(seeds), "accuracy": table, "apart": apart}
+    result = {"machine": machine(), "seeds": sorted({one["seed"] for one in found}), "accuracy": table, "apart": apart}
     FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     """Run what is missing; print a line a run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    add_run_options(parser)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100])
-    parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
-    parser.add_argument("--write", action="store_true", help="print the table of the runs there, and keep it")
     options = parser.parse_args()
     if options.write:
-        write(options.seeds)
+        write()
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     wanted = [(kind, strength, seed) for seed in options.seeds for kind in KINDS for strength in STRENGTHS]
     wanted = [job for job in wanted if not _file(*job).is_file()]
-    one = partial(_guarded, models=options.models, data=options.data, end=time.monotonic() + 60 * options.minutes)
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for job, found in pool.imap_unordered(one, wanted):
-            if found is None:
-                print("out of time; call again to go on")
-                return 0
-            _file(*job).write_text(json.dumps(found) + "\n", encoding="utf-8")
-            print(*job, found["accuracy"], found["apart"], flush=True)
+    one = partial(run, models=options.models, data=options.data)
+    run_jobs(wanted, one, keep, minutes=options.minutes, processes=options.jobs)
     return 0
 
 

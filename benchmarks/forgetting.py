@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterable
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS
+from common import RESULTS, add_run_options, run_jobs
 from forgetting_data import Stage, make_model, stream
 from forgetting_report import write
 from forgetting_table import JOINT, KNOWN, METHODS
@@ -61,6 +60,7 @@ class Job:
     def file(self) -> str:
         """The name of the run's file."""
         changes = "".join(f"-{key}={value}" for key, value in self.changes)
+        changes += "" if self.tasks is None else f"-first={self.tasks}"
         return f"{self.stream}-{self.method}-{self.order}-{self.seed}{changes}.json".replace(" ", "_")
 
 
@@ -121,22 +121,14 @@ def jobs(options: argparse.Namespace) -> Iterable[Job]:
                         yield job
 
 
-def _guarded(job: Job, *, models: Path, data: Path, end: float) -> tuple[Job, dict[str, Any] | None]:
-    return job, None if time.monotonic() > end else run(job, models, data)
-
-
 def main() -> int:
     """Run what is missing; print a line a run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    add_run_options(parser)
     parser.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--orders", type=int, nargs="+", default=[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
-    parser.add_argument("--write", action="store_true", help="print the tables and draw the plots of the runs there")
     parser.add_argument("--dev", action="store_true", help="score held-out training rows, to choose by")
     parser.add_argument("--with", dest="changes", nargs="+", default=[], help="settings in place of a method's own")
     parser.add_argument("--tasks", type=int, help="only the first so many, to choose by")
@@ -148,15 +140,13 @@ def main() -> int:
         parser.error("--with and --tasks are for choosing: give --dev")
     options.folder = RESULTS / "forgetting-choice" if options.dev else FOLDER
     options.folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
-    one = partial(_guarded, models=options.models, data=options.data, end=end)
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for job, found in pool.imap_unordered(one, jobs(options)):
-            if found is None:
-                print("out of time; call again to go on")
-                return 0
-            (options.folder / job.file).write_text(json.dumps(found) + "\n", encoding="utf-8")
-            print(job.file, found["accuracy"], found.get("forgetting"), found["seconds"], flush=True)
+
+    def keep(job: Job, found: dict[str, Any]) -> None:
+        (options.folder / job.file).write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(job.file, found["accuracy"], found.get("forgetting"), found["seconds"], flush=True)
+
+    one = partial(run, models=options.models, data=options.data)
+    run_jobs(jobs(options), one, keep, minutes=options.minutes, processes=options.jobs)
     return 0
 
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent.parent / "docs" / "how-to"
+from forgetting_report import DOCS
+
 TITLES = {"gsm8k": "GSM8K", "multi30k": "Multi30k, into German"}
 STYLES = {
     "full": ("#222222", "o-"), "early stopping": ("#222222", "x:"), "WiSE-FT": ("#1b6ca8", "s--"),

@@ -21,7 +21,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS
+from common import RESULTS, add_run_options, run_jobs
 from forgetting_frontier import write_frontier
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,6 +47,7 @@ from llmtune.forgetting import (
     self_synthesised,
 )
 from llmtune.losses import causal_lm_loss
+from llmtune.modules import eval_mode
 from llmtune.regularizers import L2SP
 from llmtune.training import LoopSettings, TrainingLoop
 from llmtune.types import Batch, Callback
@@ -185,14 +185,12 @@ class Look:
         return {"name": name, "value": value, "loss": self._loss(model), **{key: kept[key] for key in wanted}}
 
     def _loss(self, model: nn.Module) -> float:
-        was, total, count = model.training, 0.0, 0
-        model.eval()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        total, count = 0.0, 0
+        with eval_mode(model), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for batch in self.held:
-                targets = int((batch["labels"][..., 1:] != -100).sum())
+                targets = causal_lm_loss.count_targets(batch)
                 total += float(causal_lm_loss(model, batch)) * targets
                 count += targets
-        model.train(was)
         return total / count
 
 
@@ -230,37 +228,29 @@ def jobs(options: argparse.Namespace) -> Iterable[Job]:
                         yield job
 
 
-def _guarded(job: Job, *, models: Path, data: Path, end: float) -> tuple[Job, Mapping[str, Any] | None]:
-    return job, None if time.monotonic() > end else run(job, models, data)
+def keep(job: Job, found: Mapping[str, Any]) -> None:
+    """Write a run's file."""
+    (FOLDER / job.file).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    own = next(point for point in found["points"] if point["name"] == job.method)
+    print(
+        job.file, round(found["base_loss"] - own["loss"], 3), round(own["kl_to_base"], 4), found["seconds"], flush=True
+    )
 
 
 def main() -> int:
     """Run what is missing; print a line a run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    add_run_options(parser)
     parser.add_argument("--tasks", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
-    parser.add_argument("--write", action="store_true", help="print the tables and draw the plots of the runs there")
     options = parser.parse_args()
     if options.write:
         write_frontier(FOLDER, options.tasks)
         return 0
     FOLDER.mkdir(parents=True, exist_ok=True)
-    one = partial(_guarded, models=options.models, data=options.data, end=time.monotonic() + 60 * options.minutes)
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        for job, found in pool.imap_unordered(one, jobs(options)):
-            if found is None:
-                print("out of time; call again to go on")
-                return 0
-            (FOLDER / job.file).write_text(json.dumps(found) + "\n", encoding="utf-8")
-            last = found["points"][0]
-            print(
-                job.file, round(found["base_loss"], 3), round(last["loss"], 3), round(last["kl_to_base"], 4), flush=True
-            )
+    one = partial(run, models=options.models, data=options.data)
+    run_jobs(jobs(options), one, keep, minutes=options.minutes, processes=options.jobs)
     return 0
 
 

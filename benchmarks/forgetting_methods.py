@@ -24,14 +24,9 @@ from llmtune.forgetting import (
     with_teacher,
 )
 from llmtune.losses import classification_loss, kl_divergence
-from llmtune.training import (
-    Replay,
-    Task,
-    TaskMethod,
-    TaskRun,
-)
+from llmtune.training import Replay, Task, TaskMethod, TaskRun
 from llmtune.training.sequence_adapters import adapter_name
-from llmtune.types import Batch, LossFunction
+from llmtune.types import Batch
 from llmtune.weights import interpolate
 
 EXAMPLES = 100  # of a task, for what is estimated from its data
@@ -71,15 +66,15 @@ class LwF(TaskMethod):
         heads = own_heads(self.stages, run.index)
         if not known(self.stages):
             heads = [slice(0, heads[-1].stop)]
-        run.loss = HeadsLoss(copy.deepcopy(run.model).requires_grad_(False), run.loss, heads, self.strength)
+        run.loss = HeadsLoss(copy.deepcopy(run.model).requires_grad_(False), heads, self.strength)
 
 
 @dataclass(frozen=True)
 class HeadsLoss:
-    """A loss, and the divergence of old classes from a teacher's, each group of classes by itself."""
+    """Cross-entropy, of the task's own classes where a row knows it, and the divergence of each group of old classes
+    from a teacher's."""
 
     teacher: nn.Module
-    inner: LossFunction
     heads: Sequence[slice]
     strength: float
 
@@ -99,7 +94,7 @@ class HeadsLoss:
 
     def count_targets(self, batch: Batch) -> int:
         """Return the number of rows."""
-        return self.inner.count_targets(batch)
+        return classification_loss.count_targets(batch)
 
 
 class Rehearsal(Replay):

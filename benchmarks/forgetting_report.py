@@ -11,7 +11,6 @@ from llmtune.metrics import ContinualMatrix, compare_curves, mean_and_interval, 
 
 DOCS = Path(__file__).parent.parent / "docs" / "how-to"
 JOINT, SEQUENTIAL = "joint", "sequential"
-ALONE = (JOINT, "joint, longer", "frozen probe")  # no sequence, so nothing is forgotten
 PLOTTED = (
     SEQUENTIAL,
     "EWC",
@@ -44,7 +43,8 @@ def table(runs: Runs) -> str:
     for name in sorted(runs, key=lambda name: -mean[name]):
         some = runs[name]
         cells = [name, str(len(some)), _text(mean_and_interval(_column(some, "accuracy")))]
-        cells.append("" if name in ALONE else _text(mean_and_interval(_column(some, "forgetting"))))
+        forgot = all("forgetting" in one for one in some.values())  # not where all tasks were trained at once
+        cells.append(_text(mean_and_interval(_column(some, "forgetting"))) if forgot else "")
         cells += [difference(runs, name, rival) for rival in (SEQUENTIAL, JOINT)]
         cells.append(f"{mean_and_interval([one['seconds'] for one in some.values()]).mean:.0f}")
         lines.append("| " + " | ".join(cells) + " |")

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS
+from common import RESULTS, add_run_options, run_jobs
 from overfitting_choose import choose
 from overfitting_data import NAMES
 from overfitting_recipes import PARTS, RECIPES, recipe_for
@@ -51,21 +49,13 @@ def jobs(options: argparse.Namespace) -> Iterable[Job]:
 
 def work(wanted: Iterable[Job], options: argparse.Namespace, done: Callable[[Job, dict[str, Any]], None]) -> bool:
     """Run jobs in several processes until the time is up; return whether all were run."""
-    end = time.monotonic() + 60 * options.minutes
-    one = partial(_guarded, models=options.models, data=options.data, device=options.device, end=end)
-    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        late = 0
-        for job, numbers in pool.imap_unordered(one, wanted):
-            if numbers is None:
-                late += 1
-                continue
-            done(job, numbers)
-            print(job.file, *(f"{k}={v:.3f}" for k, v in numbers.items() if isinstance(v, float)), flush=True)
-    return not late
 
+    def tell(job: Job, numbers: dict[str, Any]) -> None:
+        done(job, numbers)
+        print(job.file, *(f"{k}={v:.3f}" for k, v in numbers.items() if isinstance(v, float)), flush=True)
 
-def _guarded(job: Job, *, models: Path, data: Path, device: str, end: float) -> tuple[Job, dict[str, Any] | None]:
-    return job, None if time.monotonic() > end else run(job, models, data, device)
+    one = partial(run, models=options.models, data=options.data, device=options.device)
+    return run_jobs(wanted, one, tell, minutes=options.minutes, processes=options.jobs)
 
 
 def keep(job: Job, numbers: dict[str, Any]) -> None:
@@ -89,17 +79,13 @@ def write(folder: Path) -> None:
 def main() -> int:
     """Run what is missing; print a line a run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    add_run_options(parser)
     parser.add_argument("--sets", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--shots", type=int, nargs="+", default=[16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--minutes", type=float, default=60.0, help="no run is begun after so many")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, of one thread each")
     parser.add_argument("--choose", action="store_true", help="run the candidates on held-out training rows instead")
-    parser.add_argument("--write", action="store_true", help="print the tables and draw the plot of the runs there")
     options = parser.parse_args()
     if options.write:
         write(FOLDER)
@@ -108,8 +94,7 @@ def main() -> int:
     if options.choose:
         choose(lambda wanted, done: work(wanted, options, done))
         return 0
-    if not work(jobs(options), options, keep):
-        print("out of time; call again to go on")
+    work(jobs(options), options, keep)
     return 0
 
 

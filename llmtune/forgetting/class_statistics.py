@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmtune.errors import check_state
+from llmtune.forgetting.likelihood import IGNORED
 
-IGNORED = -100
 NEVER = -1e4  # how far a class without a row stays below the smallest logit that a chosen class can have
 
 

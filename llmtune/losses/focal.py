@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.classification import ClassificationLoss, class_rows
-from llmtune.losses.rows import Reduction, check_reduction, labelled_rows, log_sum_outside, reduced
+from llmtune.losses.rows import Reduction, check_reduction, labelled_logits, log_sum_outside, reduced
 from llmtune.types import Batch
 
 
@@ -59,18 +59,10 @@ def focal_loss(
     """
     check_reduction(reduction)
     _check_gamma(gamma)
-    C = logits.shape[-1] if logits.ndim else 0
-    if targets.shape != logits.shape[:-1] or logits.ndim < 1:
-        raise ValueError(f"expected logits [..., C] and targets [...]; got {[*logits.shape]} and {[*targets.shape]}")
+    z, t, rows = labelled_logits(logits, targets, ignore_index=ignore_index, reduction=reduction)
     if class_weights is not None:
-        check_class_weights(class_weights, C)
-    z, t = logits.reshape(-1, C), targets.flatten()
-    rows = labelled_rows(t, C, ignore_index=ignore_index)
-    if rows is not None:
-        z, t = z.index_select(0, rows), t.index_select(0, rows)
-    if len(t) == 0 and reduction == "mean":
-        raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (all {ignore_index})")
-    return reduced(_rows(at_least_float32(z), t.long(), gamma, class_weights), rows, targets.shape, reduction)
+        check_class_weights(class_weights, z.shape[1])
+    return reduced(_rows(at_least_float32(z), t, gamma, class_weights), rows, targets.shape, reduction)
 
 
 def _rows(z: Tensor, t: Tensor, gamma: float, class_weights: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.classification import ClassificationLoss, class_rows
-from llmtune.losses.rows import Reduction, check_reduction, labelled_rows, reduced
+from llmtune.losses.rows import Reduction, check_reduction, labelled_logits, reduced
 from llmtune.types import Batch
 
 
@@ -51,19 +51,11 @@ def own_classes_cross_entropy(
     abrupt representation change in online continual learning" (ER-ACE).
     """
     check_reduction(reduction)
-    C = logits.shape[-1] if logits.ndim else 0
-    if targets.shape != logits.shape[:-1] or logits.ndim < 1:
-        raise ValueError(f"expected logits [..., C] and targets [...]; got {[*logits.shape]} and {[*targets.shape]}")
+    z, t, rows = labelled_logits(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    C = z.shape[1]
     classes = check_own(own, C)
-    z, t = logits.reshape(-1, C), targets.flatten()
-    rows = labelled_rows(t, C, ignore_index=ignore_index)
-    if rows is not None:
-        z, t = z.index_select(0, rows), t.index_select(0, rows)
-    if len(t) == 0 and reduction == "mean":
-        raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (all {ignore_index})")
     mine = torch.zeros(C, dtype=torch.bool, device=z.device)
     mine[classes] = True
-    t = t.long()
     left_out = mine[t][:, None] & ~mine
     losses = F.cross_entropy(at_least_float32(z).masked_fill(left_out, -torch.inf), t, reduction="none")
     return reduced(losses, rows, targets.shape, reduction)

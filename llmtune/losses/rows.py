@@ -54,6 +54,33 @@ def labelled_rows(targets: Tensor, V: int, *, ignore_index: int = -100) -> Tenso
     return None if labelled == len(targets) else valid.nonzero().squeeze(1)
 
 
+def labelled_logits(
+    logits: Tensor, targets: Tensor, *, ignore_index: int, reduction: Reduction
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (logits [n, C], targets [n], rows) of the rows that carry a label; `rows` as `labelled_rows` gives it.
+
+    Args:
+        logits: [..., C]: classes last.
+        targets: [...] integers in 0 ... C - 1, or `ignore_index`.
+        ignore_index: the target of a row without a label.
+        reduction: a mean needs at least one row.
+
+    Raises:
+        ValueError: a shape does not fit, a target is out of range, or no row carries a label and the mean is asked for.
+        TypeError: the targets are no integers.
+    """
+    C = logits.shape[-1] if logits.ndim else 0
+    if targets.shape != logits.shape[:-1] or logits.ndim < 1:
+        raise ValueError(f"expected logits [..., C] and targets [...]; got {[*logits.shape]} and {[*targets.shape]}")
+    z, t = logits.reshape(-1, C), targets.flatten()
+    rows = labelled_rows(t, C, ignore_index=ignore_index)
+    if rows is not None:
+        z, t = z.index_select(0, rows), t.index_select(0, rows)
+    if len(t) == 0 and reduction == "mean":
+        raise ValueError(f"the mean needs at least one target: all {targets.numel()} are ignored (all {ignore_index})")
+    return z, t.long(), rows
+
+
 def rows_that_count(mask: Tensor | None, shape: torch.Size, reduction: Reduction) -> Tensor | None:
     """Return the indices [n] of the rows, in one dimension, that the mask keeps; None where there is no mask.
 

@@ -13,7 +13,8 @@ from llmtune.adapters.trained_copy import TrainedCopy, running
 from llmtune.errors import check_state
 from llmtune.forgetting.class_statistics import ClassStatistics
 from llmtune.losses.head import model_inputs
-from llmtune.modules import marked, reference_pass, unwrap
+from llmtune.modules import reference_pass, unwrap
+from llmtune.regularizers.hooked import hooked
 from llmtune.training.sequence_task import TaskMethod, TaskRun
 from llmtune.types import Batch
 
@@ -138,14 +139,8 @@ class HeadFromStatistics(TaskMethod):
         if self.embed is not None:
             return self.embed(model, batch)
         seen: list[Any] = []
-        handle = place.register_forward_pre_hook(lambda _, args: seen.extend(args[:1]))
-        own: Any = type(place)
-        place.__class__ = marked(own)
-        try:
+        with hooked([(place, "before", lambda _, args, kwargs: seen.extend(args[:1]))]):
             model(**model_inputs(model, batch))
-        finally:
-            place.__class__ = own
-            handle.remove()
         if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim != 2:
             came = [list(one.shape) if isinstance(one, Tensor) else one for one in seen]
             raise ValueError(
