@@ -39,6 +39,7 @@ from llmtune.losses.head_products import add_head_gradient, gradient_into, logit
 HEADS = {"SmolLM2-135M": (49152, 576), "Qwen2.5-0.5B": (151936, 896)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHOSEN = list(HEADS)
+SIZES = [2048, 4096]
 MIB = 2**20
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -176,14 +177,14 @@ def memory(sizes: list[int]) -> dict[str, Any]:
                 for N in sizes:
                     command = [sys.executable, __file__, "--extra-memory", head, dtype, str(N), str(int(frozen))]
                     extra = {}
-                    for way in ("ours", "plain", SLOW):
+                    for way in (way for way in ("ours", "plain", SLOW) if way in WAYS):
                         run = subprocess.run([*command, way], check=True, capture_output=True, text=True)
                         extra[way] = int(run.stdout)
                     name = f"{head}, {dtype}, N={N}, {'frozen' if frozen else 'trained'} head"
                     found[name] = extra
                     rows.append([name, *(f"{value / MIB:.0f}" for value in extra.values())])
                     print(rows[-1], flush=True)
-    print(table(rows, header=("MiB beyond inputs and gradients", "ours", "plain", "torch")))
+    print(table(rows, header=("MiB beyond inputs and gradients", *found[next(iter(found))])))
     return found
 
 
@@ -206,14 +207,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the head and its loss against torch's own.")
     parts = ("speed", "frozen", "products", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--sizes", nargs="+", type=int, default=[2048, 4096], help="rows of hidden states")
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES, help="rows of hidden states")
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument(
         "--without-torch", action="store_true", help="leave out torch's chunked way, by far the slowest"
     )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/head-<part>.json")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/head-<part>[-heads-sizes].json")
     parser.add_argument("--extra-memory", nargs=5, help=argparse.SUPPRESS)  # used by this file itself
     options = parser.parse_args()
     if options.extra_memory is not None:
@@ -231,7 +232,9 @@ def main() -> None:
             made = products(max(5, options.pairs))
         else:
             made = speed(options.sizes, options.pairs, frozen=part == "frozen")
-        path = RESULTS / f"head-{part}.json" if options.write else None
+        whole = options.heads == list(HEADS) and options.sizes == SIZES
+        name = "-".join(["head", part, *([] if whole else [*options.heads, *map(str, options.sizes)])])
+        path = RESULTS / f"{name}.json" if options.write else None
         report(f"bench_head {part}", {"heads": {head: HEADS[head] for head in CHOSEN}, "cases": made}, path=path)
 
 

@@ -216,6 +216,7 @@ def train(models: Path, name: str, recipe: Recipe, data: Data, seed: int, device
 
 
 PARTS: dict[str, Recipe] = {  # each by itself on plain fine-tuning
+    "nothing": Recipe(),  # plain once more, with other dropout masks where it ran on another device: how far noise goes
     "label smoothing": Recipe(smoothing=0.1),
     "R-Drop": Recipe(r_drop=1.0),
     "contrast": Recipe(contrast=0.5),

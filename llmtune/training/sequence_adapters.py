@@ -68,7 +68,7 @@ class AdapterPerTask(TaskMethod):
             tasks. What holds the model then stands after this method, and sees it merged, all weights as trained as
             before the adapter: tell `OnlineEWC` and `MemoryAwareSynapses` by `parameters` which ones adapters change.
         also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
-            head that goes on from task to task.
+            head that goes on from task to task. An adapter that such a module has is frozen with its task.
         alone: each adapter is trained and scored alone, the others switched off: no task can change another, and none
             helps another, but for what `also` names, which they share. Which task a text is of must be known then.
 
@@ -102,8 +102,9 @@ class AdapterPerTask(TaskMethod):
             AdapterStack(model).start(self.config, own)
         if self.alone:
             set_active(model, own)
+        adapters = {id(p) for name in adapter_names(model) for p in adapter_parameters(model, name).values()}
         for name, parameter in model.named_parameters():
-            if self.also and name.startswith(self.also):
+            if self.also and name.startswith(self.also) and id(parameter) not in adapters:  # those of before stay
                 parameter.requires_grad_(True)
 
     def around_scoring(self, model: nn.Module, task: Task) -> AbstractContextManager[Any]:

@@ -297,7 +297,9 @@ PYTHON = ("not iterable", "has no attribute", "unhashable", "not subscriptable",
           "not supported between", "unexpected keyword", "missing 1", "first argument must", "no len()")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("DoRA", "AdaLoRA"))) for name in RECORDS]
+)
 def test_any_value_of_any_entry_loads_or_ends_in_a_sentence(tmp_path, name):
     make = tiny_gpt2 if name == "BitFit" else tiny_llama  # a Llama has no biases
     entries, model = saved(tmp_path, RECORDS[name](), make), make()

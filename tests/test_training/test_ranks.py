@@ -51,6 +51,7 @@ def test_four_processes_are_one(alone, tmp_path):
     compare(4, ["lora", "holes"], False, alone, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_sharded_model_are_one(alone, tmp_path):
     compare(2, SHARDED, True, alone, tmp_path)
 

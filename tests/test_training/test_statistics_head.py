@@ -102,7 +102,8 @@ def lora(**options):
 @pytest.mark.parametrize("wrap", [
     lambda model: model,
     lambda model: attach(model, lora(train_modules=["classifier"])) and model,
-    lambda model: model.compile(backend="eager") or model,  # in place, and compiled without the hook by the first score
+    pytest.param(lambda model: model.compile(backend="eager") or model,  # in place, and compiled without the hook by
+                 marks=pytest.mark.slow),                                # the first score
     lambda model: torch.compile(model, backend="eager"),
     torch.nn.DataParallel,
     lambda model: model.bfloat16(),

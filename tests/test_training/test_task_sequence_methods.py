@@ -157,6 +157,17 @@ class TestAdapterPerTask:
         changed = [n for n, p in base.items() if n in now and not torch.equal(p, now[n])]
         assert changed == ["lm_head.weight"]
 
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_an_earlier_adapter_of_what_goes_on_stays_too(self, alone):
+        model = tiny_llama()
+        seen = Looks(after=lambda run: [p.clone() for p in adapter_parameters(model, "maths").values()])
+        adapter = dataclasses.replace(ADAPTER, targets=["q_proj", "lm_head"])
+        run(model, AdapterPerTask(adapter, also=("lm_head",), alone=alone), seen)
+        first, *later = seen.found[1::2]
+        assert len(first) == 6
+        assert all(torch.equal(a, b) for end in later for a, b in zip(end, first, strict=True))
+        assert AdapterStack(model).trained == ["law"]
+
     def test_merged_none_is_left_and_the_weights_have_it_all(self):
         model, weight = tiny_llama(), "model.layers.0.self_attn.q_proj.weight"
         before = weights(model)
