@@ -14,6 +14,7 @@ from llmtune.losses.masked_lm import MaskedLMLoss, masked_lm_loss
 from llmtune.losses.own_classes import OwnClassesLoss, own_classes_cross_entropy
 from llmtune.losses.packed import check_documents_apart, document_leak
 from llmtune.losses.preference import DPOLoss, dpo_loss
+from llmtune.losses.prototypical import PrototypicalLoss
 from llmtune.losses.sequence import sequence_log_probabilities
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss, sequence_to_sequence_loss
 from llmtune.losses.supervised_contrastive import SupervisedContrastiveLoss
@@ -30,6 +31,7 @@ __all__ = [
     "Head",
     "MaskedLMLoss",
     "OwnClassesLoss",
+    "PrototypicalLoss",
     "SequenceToSequenceLoss",
     "SupervisedContrastiveLoss",
     "causal_lm_loss",

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
 from llmtune.losses.rows import Reduction, check_reduction, check_temperature, is_integer, reduced
+from llmtune.types import Batch
 
 Distance = Literal["euclidean", "cosine"]
 IGNORED = -100
@@ -171,11 +172,10 @@ def prototypical_loss(
     support_labels = _class_labels("support", support, support_labels)
     query_labels = _class_labels("queries", queries, query_labels)
     _check_options(temperature, reduction)
-    if distance not in ("euclidean", "cosine"):
-        raise ValueError(f'distance must be "euclidean" or "cosine"; got {distance!r}')
+    check_distance(distance)
     if support.shape[1] != queries.shape[1]:
         raise ValueError(f"support and queries need one width E; got {[*support.shape]} and {[*queries.shape]}")
-    classes, prototypes = _prototypes(support, support_labels)
+    classes, prototypes, _ = prototypes_of(support, support_labels)
     rows = (query_labels != IGNORED).nonzero().squeeze(1)
     if reduction == "mean" and len(rows) == 0:
         raise ValueError(f"the mean needs at least one query: all {len(queries)} are ignored (labels all {IGNORED})")
@@ -187,10 +187,7 @@ def prototypical_loss(
             f"class {int(wanted[strange][0])} of a query has no example in the support, whose classes are "
             f"{classes.tolist()}"
         )
-    if distance == "euclidean":
-        z = -(asked[:, None] - prototypes).square().sum(-1) / temperature
-    else:
-        z = (similarities(asked, prototypes) - 1) / temperature
+    z = nearness(asked[:, None], prototypes, distance) / temperature
     losses = F.cross_entropy(z, targets, reduction="none")
     return reduced(losses, rows, query_labels.shape, reduction)
 
@@ -198,6 +195,19 @@ def prototypical_loss(
 def has_classmate(labels: Tensor) -> Tensor:
     """Return [N] booleans: whether another row has the same label; labels [N] integers, a row of -100 has none."""
     return ((labels[:, None] == labels).sum(1) > 1) & (labels != IGNORED)
+
+
+def row_classes(batch: Batch) -> Tensor:
+    """Return a batch's "labels" [B] in int64.
+
+    Raises:
+        ValueError: they are missing, or no integers, one a row.
+    """
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 1 and is_integer(labels):
+        return labels.long()
+    came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
+    raise ValueError(f'the loss needs integer "labels" [B] in the batch, one class a row; got {came}')
 
 
 def similarities(a: Tensor, b: Tensor) -> Tensor:
@@ -208,8 +218,12 @@ def similarities(a: Tensor, b: Tensor) -> Tensor:
         return a.to(wide) @ b.to(wide).T
 
 
-def _prototypes(support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (classes [C] ascending, the means [C, E] of their rows) of support [n, E] with labels [n]."""
+def prototypes_of(support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (classes [C] ascending, the means [C, E] of their rows, how many [C]) of support [n, E], labels [n].
+
+    Raises:
+        ValueError: there are fewer than two classes.
+    """
     rows = (labels != IGNORED).nonzero().squeeze(1)
     kept = at_least_float32(support.index_select(0, rows))
     classes, place, counts = labels.index_select(0, rows).unique(return_inverse=True, return_counts=True)
@@ -218,7 +232,15 @@ def _prototypes(support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"the support needs examples of two classes or more, or there is nothing to tell apart; got classes "
             f"{classes.tolist()}"
         )
-    return classes, kept.new_zeros(len(classes), kept.shape[1]).index_add(0, place, kept) / counts[:, None]
+    means = kept.new_zeros(len(classes), kept.shape[1]).index_add(0, place, kept) / counts[:, None]
+    return classes, means, counts
+
+
+def nearness(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
+    """Return minus the distance of a [..., E] and b [..., E], which are broadcast: the squared, or 1 - cosine."""
+    if distance == "euclidean":
+        return -(a - b).square().sum(-1)
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1) - 1
 
 
 def _class_labels(name: str, rows: Tensor, labels: Tensor) -> Tensor:
@@ -228,6 +250,12 @@ def _class_labels(name: str, rows: Tensor, labels: Tensor) -> Tensor:
     if not is_integer(labels):
         raise TypeError(f"the labels of {name} must be integers, one class each; got {labels.dtype}")
     return labels.long()
+
+
+def check_distance(distance: str) -> None:
+    """Raise ValueError where a distance is not known."""
+    if distance not in ("euclidean", "cosine"):
+        raise ValueError(f'distance must be "euclidean" or "cosine"; got {distance!r}')
 
 
 def _check_options(temperature: float, reduction: str) -> None:

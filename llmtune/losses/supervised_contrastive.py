@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmtune.losses.chunked import at_least_float32
-from llmtune.losses.contrastive import IGNORED, has_classmate, supervised_contrastive_loss
+from llmtune.losses.contrastive import IGNORED, has_classmate, row_classes, supervised_contrastive_loss
 from llmtune.losses.embedding import Pooling, check_pooling, embeddings_and_output
-from llmtune.losses.rows import check_temperature, is_integer, labelled_rows
+from llmtune.losses.rows import check_temperature, labelled_rows
 from llmtune.types import Batch
 
 
@@ -73,7 +73,7 @@ class SupervisedContrastiveLoss:
             ValueError: the labels are missing or no integers [B] or do not fit the logits; none is left to take the
                 mean over; or `sentence_embeddings` raises.
         """
-        labels = _labels(batch)
+        labels = row_classes(batch)
         if self.count_targets(batch) == 0:
             what = "has a classmate in the batch" if self.weight == 1.0 else "has a label (all are -100)"
             raise ValueError(f"the mean needs at least one target: none of the {len(labels)} rows {what}")
@@ -93,16 +93,8 @@ class SupervisedContrastiveLoss:
 
         The mean of the contrastive term is always over the rows with a classmate.
         """
-        labels = _labels(batch)
+        labels = row_classes(batch)
         return int((has_classmate(labels) if self.weight == 1.0 else labels != IGNORED).sum())
-
-
-def _labels(batch: Batch) -> Tensor:
-    labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.ndim == 1 and is_integer(labels):
-        return labels.long()
-    came = f"{labels.dtype} {[*labels.shape]}" if isinstance(labels, Tensor) else repr(labels)
-    raise ValueError(f'the loss needs integer "labels" [B] in the batch, one class a row; got {came}')
 
 
 def _cross_entropy(logits: Any, labels: Tensor) -> Tensor:

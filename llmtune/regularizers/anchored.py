@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -96,7 +97,9 @@ class Anchored(Callback):
 
 
 def check_strength(what: str, strength: float) -> None:
-    """Raise ValueError where a strength is no finite number, 0 or more."""
+    """Raise ValueError where a strength is no finite number, 0 or more, and TypeError where it is no number."""
+    if not isinstance(strength, Real):
+        raise TypeError(f"{what} must be a finite number, 0 or more; got {strength!r:.60}")
     if not (strength >= 0 and math.isfinite(strength)):
         raise ValueError(f"{what} must be a finite number, 0 or more; got {strength}")
 

@@ -90,13 +90,19 @@ class ChildTuning(Callback):
             optimizer: of its parameters.
 
         Raises:
-            ValueError: it is attached already; or the model lacks a parameter that `fisher` names, or has it in another
-                shape, frozen, or under an adapter.
+            ValueError: it is attached already; a parameter of the optimizer is spread over processes; or the model
+                lacks a parameter that `fisher` names, or has it in another shape, frozen, or under an adapter.
         """
         if self._hooks:
             raise ValueError("this ChildTuning is attached already: detach it first, or make another one")
+        optimizer = inner_optimizer(optimizer)
+        if any(hasattr(p, "device_mesh") for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "ChildTuning masks whole parameters, and here are some that are spread over processes: train "
+                "data-parallel, without sharding"
+            )
         self._outside = {} if self.child is None else _outside(self.child, model)
-        self._optimizer = optimizer = inner_optimizer(optimizer)
+        self._optimizer = optimizer
         if self.child is not None or self.of == "update":
             first = optimizer.register_step_pre_hook(self._remember)
             every: Any = optimizer._optimizer_step_pre_hooks  # an OrderedDict

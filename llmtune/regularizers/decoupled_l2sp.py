@@ -89,7 +89,8 @@ class DecoupledL2SP(Anchored):
 
         Raises:
             ValueError: it is attached already; the model lacks a parameter that the anchor names, or has it in another
-                shape or under an adapter; none of them is trained; or one that is is not the optimizer's.
+                shape or under an adapter; none of them is trained; one that is is not the optimizer's; or was spread
+                over processes since the anchor was taken.
         """
         if self._hook is not None:
             raise ValueError("this DecoupledL2SP is attached already: detach it first, or make another one")
@@ -110,9 +111,15 @@ class DecoupledL2SP(Anchored):
                 raise ValueError(
                     f"{name} is trained, and not one of the optimizer's parameters: is it another model's?"
                 )
+            value = _value(anchor.against(entry.parameter), entry.parameter)
+            if hasattr(entry.parameter, "device_mesh") != hasattr(value, "device_mesh"):
+                raise ValueError(
+                    f"{name} is spread over processes and its anchor is not, or the other way round: make the anchor "
+                    "of the model after it has been spread (shard)"
+                )
             parameters, values = held.setdefault(groups[id(entry.parameter)], ([], []))
             parameters.append(entry.parameter)
-            values.append(_value(anchor.against(entry.parameter), entry.parameter))
+            values.append(value)
         if not held:
             raise ValueError(f"DecoupledL2SP reaches no trained parameter: all {len(self.anchors)} anchored are frozen")
         self._held = held

@@ -98,7 +98,7 @@ def mixup_pairs(
     if n < 2:
         raise ValueError(
             f"mixup needs two rows or more with a label in a batch; got {n} of {B}. Make micro-batches larger "
-            "(rows_per_micro_batch), or drop the last batch where it has one row"
+            "(rows_per_micro_batch), or choose rows_per_step so that an epoch's last batch has more than one row"
         )
     where = "cpu" if generator is None else generator.device
     shares = torch._sample_dirichlet(torch.full((n, 2), alpha, dtype=torch.float64, device=where), generator)[:, 0]

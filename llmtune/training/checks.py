@@ -99,7 +99,8 @@ def total_of(counts: Sequence[int], *, step: int) -> int:
     if sum(counts) == 0:
         raise ValueError(
             f"step {step} has no target to learn from: in its {len(counts)} micro-batches every label is ignored "
-            f"(-100). Check the labels of its rows (those of loop.row_indices({step - 1})), or drop such rows"
+            "(-100), or no row has what the loss asks for (a supervised contrast: a row of its class beside it). Check "
+            f"the labels of its rows (those of loop.row_indices({step - 1})), or drop such rows"
         )
     return sum(counts)
 

@@ -42,7 +42,9 @@ def evaluation_means(loop: TrainingLoop) -> dict[str, float]:
                 add_sums(totals, sums, targets)
         means = mean_by_name(loop.ranks.shares(totals))
         if not means:
-            raise ValueError("no row of eval_data has a target: every label is ignored (-100)")
+            raise ValueError(
+                "no row of eval_data has a target: every label is ignored (-100), or none has what the loss asks for"
+            )
         _check_finite(loop, means)
         for callback in loop.callbacks:
             more = callback.during_evaluation(loop, dict(means))

@@ -152,7 +152,9 @@ class GeneralizationGap(Callback):
         together.merge(share for _, share in shares)
         if not means:
             what = "the training rows that GeneralizationGap looks at" if loss else "eval_data"
-            raise ValueError(f"no row of {what} has a target: every label is ignored (-100)")
+            raise ValueError(
+                f"no row of {what} has a target: every label is ignored (-100), or none has what the loss asks for"
+            )
         if self.predictions is not None:
             means |= {"accuracy": together.accuracy(), "calibration_error": together.error()}
         return means

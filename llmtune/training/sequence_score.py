@@ -107,5 +107,8 @@ def _batches(
 
 def _some(total: int, task: Task) -> int:
     if total == 0:
-        raise ValueError(f'no evaluation row of task "{task.name}" has a target: every label is ignored (-100)')
+        raise ValueError(
+            f'no evaluation row of task "{task.name}" has a target: every label is ignored (-100), or none has what '
+            "the loss asks for"
+        )
     return total

@@ -25,6 +25,7 @@ from llmtune.losses.focal import FocalLoss, focal_loss
 from llmtune.losses.masked_lm import MaskedLMLoss
 from llmtune.losses.own_classes import OwnClassesLoss, own_classes_cross_entropy
 from llmtune.losses.preference import DPOLoss, dpo_loss
+from llmtune.losses.prototypical import PrototypicalLoss
 from llmtune.losses.sequence_to_sequence import SequenceToSequenceLoss
 from llmtune.losses.supervised_contrastive import SupervisedContrastiveLoss
 from llmtune.losses.top_k import top_k_kl_divergence, top_k_log_probabilities
@@ -38,6 +39,7 @@ from llmtune.testing.losses import (
     loss_ignores_rows,
     loss_inputs,
 )
+from llmtune.types import LossFunction
 
 C = 7
 MIX = torch.randn(C, C, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -246,8 +248,9 @@ class EmbeddingModel(nn.Module):
         return SimpleNamespace(last_hidden_state=rows, logits=rows[:, 0])
 
 
-def of_embeddings(loss: SupervisedContrastiveLoss, z: Tensor, t: Tensor) -> Tensor:
-    return loss(EmbeddingModel(), {"rows": z[:, None], "labels": t})[0]
+def of_embeddings(loss: LossFunction, z: Tensor, t: Tensor) -> Tensor:
+    found = loss(EmbeddingModel(), {"rows": z[:, None], "labels": t})
+    return found[0] if isinstance(found, tuple) else found
 
 
 def plain_supervised_contrastive(z: Tensor, t: Tensor, *, temperature: float = 0.1) -> Tensor:
@@ -261,6 +264,22 @@ def plain_supervised_contrastive(z: Tensor, t: Tensor, *, temperature: float = 0
         mates = [-torch.log(torch.exp(z[i] @ z[p] / temperature) / below) for p in others if t[p] == t[i]]
         if mates:
             losses.append(sum(mates) / len(mates))
+    return sum(losses) / len(losses)
+
+
+def plain_folded(z: Tensor, t: Tensor, *, temperature: float = 0.8) -> Tensor:
+    """Each row by the formula, its own class's mean made of the others."""
+    z, t = z[t != -100], t[t != -100]
+    losses = []
+    for i in range(len(t)):
+        others = [j for j in range(len(t)) if j != i]
+        near = {}
+        for k in set(t.tolist()):
+            mates = [z[j] for j in others if t[j] == k]
+            if mates:
+                near[k] = torch.exp(-((z[i] - sum(mates) / len(mates)) ** 2).sum() / temperature)
+        if int(t[i]) in near:
+            losses.append(-torch.log(near[int(t[i])] / sum(near.values())))
     return sum(losses) / len(losses)
 
 
@@ -578,6 +597,7 @@ LOSSES = {
         partial(of_support, distance="cosine", temperature=0.2, reduction="none"),
         partial(plain_prototypical, cosine=True, temperature=0.2),
     ),
+    "PrototypicalLoss": (partial(of_embeddings, PrototypicalLoss(temperature=0.8)), plain_folded),
     "r_drop_loss": (r_drop, plain_r_drop),
     "RDropLoss of CausalLMLoss": (partial(twice, RDropLoss(alpha=1.5), shifted=True), plain_r_drop),
     "RDropLoss of MaskedLMLoss": (partial(twice, RDropLoss(MaskedLMLoss(), alpha=1.5)), plain_r_drop),
@@ -587,7 +607,7 @@ LOSSES = {
     ),
     "RDropLoss of ClassificationLoss": (partial(twice, RDropLoss(ClassificationLoss(), alpha=1.5)), plain_r_drop),
 }
-COUPLED = ("supervised_contrastive_loss", "SupervisedContrastiveLoss", "info_nce_loss")
+COUPLED = ("supervised_contrastive_loss", "SupervisedContrastiveLoss", "info_nce_loss", "PrototypicalLoss")
 
 
 @pytest.mark.parametrize("name", LOSSES)

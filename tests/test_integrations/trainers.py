@@ -165,6 +165,7 @@ EXPORTED = {
     "FreeLBLoss": (regularizers.FreeLBLoss(**NUDGE), tiny_llama, *TEXT),
     "MaskedLMLoss": (MaskedLMLoss(), tiny_bert, *TEXT),
     "MixupLoss": (regularizers.MixupLoss(alpha=0.4), MODELS["classifier"][0], *CLASS),
+    "PrototypicalLoss": (losses.PrototypicalLoss(), MODELS["classifier"][0], *CLASS),
     "RDropLoss": (regularizers.RDropLoss(alpha=1.0), drops, *TEXT),
     "SequenceToSequenceLoss": (SequenceToSequenceLoss(), tiny_t5, *SEQ),
     "SmartLoss": (regularizers.SmartLoss(strength=1.0, epsilon=0.1), tiny_llama, *TEXT),

@@ -123,6 +123,8 @@ def test_autocast_and_wrappers_change_nothing():
 def test_bad_strength(strength):
     with pytest.raises(ValueError, match="strength must be a finite number, 0 or more"):
         DeltaNorm(strength)
+    with pytest.raises(TypeError, match=r"strength must be a finite number, 0 or more; got Linear\("):
+        DeltaNorm(torch.nn.Linear(3, 2))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from llmtune.testing.loop import uneven_rows
 from llmtune.testing.models import tiny_gpt2
 from llmtune.training.loop import TrainingLoop
 from llmtune.training.settings import LoopSettings
+from llmtune.training.sharpness import SharpnessAware
 
 ROWS = uneven_rows(8)
 
@@ -23,7 +24,7 @@ def test_closed_form():
         assert loss.grad.item() == slope
 
 
-def loop_of(size, level, penalties=(), max_steps=1):
+def loop_of(size, level, penalties=(), max_steps=1, kind=TrainingLoop):
     settings = LoopSettings(
         max_steps=max_steps,
         rows_per_step=8,
@@ -32,7 +33,7 @@ def loop_of(size, level, penalties=(), max_steps=1):
         schedule="constant",
         progress=False,
     )
-    return TrainingLoop(
+    return kind(
         tiny_gpt2().double().eval(), ROWS, settings=settings, collate=collate_padded, penalties=penalties,
         callbacks=[Flooding(level)] if level else [],
     )  # fmt: skip
@@ -65,6 +66,27 @@ def test_a_penaltys_gradient_is_not_turned_round():
     task = gradient_of(loop)
     assert_close(below + task, above - task, rtol=1e-9)
     assert_close(above - below, 2 * task, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("level", "flooded"), [(1e-3, 0), (None, 1), (100.0, 1)])
+def test_a_sharpness_aware_step_is_that_of_the_flooded_loss(level, flooded):
+    """By hand: up the flooded gradient, and there the flooded gradient; the second level is a little above the loss."""
+    loop = loop_of(8, None)
+    (batch,) = loop.micro_batches(0)
+    model, weights = loop.model, list(loop.model.parameters())
+    value = lambda: loop.compute_loss(model, batch)
+    level = level or value().item() + 1e-3
+    up = torch.autograd.grad(flood(value(), level), weights)
+    size = torch.cat([g.flatten() for g in up]).norm()
+    with torch.no_grad():
+        for weight, g in zip(weights, up, strict=True):
+            weight += 0.5 * g / size
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(flood(value(), level), weights)])
+    for micro in (8, 4):
+        sharp = loop_of(micro, level, kind=SharpnessAware)
+        sharp.rho = 0.5
+        assert_close(gradient_of(sharp), expected, rtol=1e-7)
+        assert sharp.callbacks[0]._flooded == flooded
 
 
 def test_the_history_says_so():
