@@ -118,7 +118,8 @@ class TrainerByTargets(Trainer):
         if not bool(of_each.all()):
             raise ValueError(
                 f"step {self.state.global_step + 1} has no target to learn from: in the {len(batches)} micro-batches "
-                f"of process {int(of_each.argmin())} every label is ignored (-100). Check the labels, or drop such rows"
+                f"of process {int(of_each.argmin())} every label is ignored (-100), or no row has what the loss asks "
+                "for. Check the labels, or drop such rows"
             )
         order = sorted(range(len(batches)), key=lambda at: counts[at] > 0)
         return [batches[at] for at in order], of_each.sum()

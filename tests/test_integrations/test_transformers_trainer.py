@@ -116,8 +116,15 @@ def test_every_loss_trains_in_the_trainer(name, tmp_path):
     rows = rows()[:8]
     if name == "MixupLoss":  # two rows of each micro-batch need a label
         rows = [row for row in MODELS["classifier"][1]() if row["labels"] != -100][:8]
+    accumulation = 2
+    if name == "PrototypicalLoss":  # two classes in each micro-batch, one with two rows
+        rows, accumulation = [{**row, "labels": index % 2} for index, row in enumerate(rows)], 1
     trainer = with_loss(Trainer, loss)(
-        model, arguments(tmp_path, 2, max_steps=2), train_dataset=rows, eval_dataset=rows[:5], data_collator=collate
+        model,
+        arguments(tmp_path, accumulation, max_steps=2),
+        train_dataset=rows,
+        eval_dataset=rows[:5],
+        data_collator=collate,
     )
     trainer.train()
     assert 0 < off(model, before) < math.inf
