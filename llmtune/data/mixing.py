@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from llmtune.data.collate import IGNORED
+from llmtune.data.collate import IGNORED, collate_padded
 from llmtune.data.replay import ReplayBuffer
 from llmtune.data.teacher_fields import TEACHER_FIELDS, teacher_fields, without_prediction
-from llmtune.types import Rows
+from llmtune.types import Batch, LossFunction, Rows
 
-Unit = Literal["targets", "tokens"] | Callable[[Mapping[str, Any]], int]
+Unit = Literal["targets", "tokens"] | Callable[[Mapping[str, Any]], int] | LossFunction
 
 
 class MixedBatches:
@@ -37,9 +37,12 @@ class MixedBatches:
         replay: a `ReplayBuffer`, of which the present rows are taken, or any rows.
         ratio: the replayed share of all targets, 0 (none) to less than 1.
         seed: of the draw.
-        unit: what is counted in a row. "targets": labels other than -100, without the first one of each document where
-            there is one label a token, as a causal loss counts them. "tokens": the input ids. Or a function of a row,
-            for losses that do not shift (masked, encoder-decoder) and rows that may have as many labels as tokens.
+        unit: what is counted in a row. The loss that is trained by: its `count_targets` of the row as a batch of one,
+            which is exact for every loss. "targets": labels other than -100, without the first one of each document
+            where there is one label a token, as a causal loss counts them; so where an encoder-decoder's row has as
+            many labels as tokens, or the first label of a masked one is not -100, one target is missed. "tokens": the
+            input ids. Or a function of a row.
+        collate: makes the batch of one for a loss.
 
     Attributes:
         ratio: what was asked for.
@@ -61,21 +64,32 @@ class MixedBatches:
     an epoch is as many steps as the new rows make; TRACE shuffles a share of old rows in.
     """
 
-    def __init__(self, new: Rows, replay: Rows, ratio: float = 0.2, *, seed: int = 0, unit: Unit = "targets") -> None:
+    def __init__(
+        self, new: Rows, replay: Rows, ratio: float = 0.2, *, seed: int = 0, unit: Unit = "targets",
+        collate: Callable[[list[Any]], Batch] = collate_padded,
+    ) -> None:  # fmt: skip
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio must be 0 or more and less than 1, the replayed share of all targets; got {ratio}")
         if not callable(unit) and unit not in COUNTS:
-            raise ValueError(f'unit must be "targets", "tokens" or a function of a row; got {unit!r}')
+            raise ValueError(f'unit must be "targets", "tokens", a loss or a function of a row; got {unit!r}')
         for rows, what in ((new, "new rows"), (replay, "replayed rows")):
             if len(rows) == 0:
                 raise ValueError(f"there are no {what} to mix: fill the buffer, or train on the other rows alone")
         self.new, self.ratio = new, ratio
         self.old = replay.rows() if isinstance(replay, ReplayBuffer) else replay
-        count = unit if callable(unit) else COUNTS[unit]
+        counted = getattr(unit, "count_targets", None)
+        count: Callable[[Mapping[str, Any]], int]
+        if callable(counted):
+            count, unit = lambda row: int(counted(collate([row]))), "targets"
+        else:
+            count = unit if callable(unit) else COUNTS[unit]  # type: ignore[assignment]
         counts, kept = self._look(count)
         fresh = sum(counts[: len(new)])
         if fresh == 0 or (ratio and sum(counts[len(new) :]) == 0):
-            raise ValueError(f"the {'replayed' if fresh else 'new'} rows have no {unit}, so there is no ratio to keep")
+            raise ValueError(
+                f"the {'replayed' if fresh else 'new'} rows have no {unit}, so there is no ratio to keep (a loss that "
+                "does not shift counts otherwise: give unit=loss)"
+            )
         wanted = round(fresh * ratio / (1 - ratio))
         self.replayed = replayed_rows(counts[len(new) :], wanted, seed=seed)
         if ratio and not self.replayed:

@@ -171,7 +171,7 @@ def input_basis(
     check_module(model)
     check_extent(energy, rank)
     inner = unwrap(model)
-    places = _linear_places(inner, modules)
+    places = chosen_places(inner, modules)
     extend = extend or {}
     for name, basis in extend.items():
         if name in places:
@@ -217,7 +217,8 @@ def check_extent(energy: float | None, rank: int | None) -> float:
     return float(energy)
 
 
-def _linear_places(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
+def chosen_places(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
+    """Return {bare name: place} of the layers that `modules` means, as in `input_basis`; `model` unwrapped."""
     every = linear_places(model)
     if isinstance(modules, str):
         raise TypeError(f"modules must be a list of names or a function of a name; got the one string {modules!r}")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from llmtune.errors import CheckpointError
 from llmtune.forgetting.gradient_directions import Logits, gradient_directions
-from llmtune.forgetting.orthogonal import Modules, check_extent, input_basis
-from llmtune.forgetting.protected import protected_parameters
+from llmtune.forgetting.orthogonal import Modules, check_extent, chosen_places, input_basis
+from llmtune.forgetting.protected import protected_parameters, trained_lora
 from llmtune.modules import unwrap
 from llmtune.optim.changed_update import ChangedUpdate
 from llmtune.optim.joint_projection import JointProjection
-from llmtune.optim.update_projection import UpdateProjection
+from llmtune.optim.update_projection import Directions, UpdateProjection
 from llmtune.types import Batch, Callback
 
 
@@ -127,6 +127,7 @@ class GradientProjectionMemory(Projected):
         check_extent(energy, rank)
         super().__init__()
         self.energy, self.rank, self.modules = energy, rank, modules
+        self._of_b: dict[str, Tensor] | None = None  # of LoRA's B, by name: made of A as it was when it was attached
 
     def finish_task(self, model: nn.Module, batches: Iterable[Batch | tuple[Tensor, Tensor]]) -> None:
         """Protect what the layers' inputs on some examples of the task span, beside what is protected already.
@@ -142,9 +143,47 @@ class GradientProjectionMemory(Projected):
         extent: dict[str, Any] = {"energy": self.energy, "rank": self.rank}
         self.kept = input_basis(model, batches, modules=self.modules, extend=self.kept, **extent)
 
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the optimizer's steps to what is protected; before the first task, see that it could be.
+
+        Args:
+            model: that was trained on the earlier tasks.
+            optimizer: of its parameters.
+
+        Raises:
+            ValueError: a layer to protect has a trained adapter other than LoRA; or as `Projected.attach`.
+        """
+        for name, place in chosen_places(unwrap(model), self.modules).items() if not self.kept else ():
+            trained_lora(name, place)
+        super().attach(model, optimizer)
+
     def projection(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> UpdateProjection:
         """See `Projected.projection`."""
-        return UpdateProjection(optimizer, protected_parameters(model, self.kept))
+        found = protected_parameters(model, self.kept)
+        of_b = {name: p for name, p in model.named_parameters() if name.endswith("lora_b") and p.requires_grad}
+        if self._of_b is None:
+            known = {name: found.get(p) for name, p in of_b.items()}
+            self._of_b = {name: directions.basis for name, directions in known.items() if directions is not None}
+        else:  # of a run that goes on, whose A has moved by rounding along what it is projected from
+            for name, p in of_b.items():
+                found.pop(p, None)
+                if name in self._of_b:
+                    found[p] = Directions(self._of_b[name].to(p.device))
+        return UpdateProjection(optimizer, found)
+
+    def detach(self) -> None:
+        """Take the hooks off; nothing where there are none."""
+        super().detach()
+        self._of_b = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is protected, tensors by name; while it is attached, what LoRA's B keeps to as well."""
+        return super().state_dict() | ({} if self._of_b is None else {"of_b": dict(self._of_b)})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave; see `Projected.load_state_dict`."""
+        super().load_state_dict({key: value for key, value in state.items() if key != "of_b"})
+        self._of_b = {name: value.clone() for name, value in state["of_b"].items()} if "of_b" in state else None
 
 
 class OrthogonalGradientDescent(Projected):

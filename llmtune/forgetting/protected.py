@@ -60,7 +60,7 @@ def protected_parameters(model: nn.Module, bases: Mapping[str, Tensor]) -> dict[
             found[bare.weight] = _with(found.get(bare.weight), basis, 0 if has_inputs_first(bare) else -1)
         if bare.bias is not None and bare.bias.requires_grad:
             found[bare.bias] = None
-        for layer in _trained_lora(name, place):
+        for layer in trained_lora(name, place):
             found.update(_of_lora(name, layer, basis))
     if not found:
         raise ValueError(
@@ -104,7 +104,7 @@ def project_lora_a(model: nn.Module, bases: Mapping[str, Tensor]) -> None:
         >>> model[0].lora_a[:, 0]
         tensor([0., 0.], grad_fn=<SelectBackward0>)
     """
-    layers = [(layer, basis) for name, place, basis in _checked(model, bases) for layer in _trained_lora(name, place)]
+    layers = [(layer, basis) for name, place, basis in _checked(model, bases) for layer in trained_lora(name, place)]
     if not layers:
         raise ValueError(f"none of the {len(bases)} layers that have a basis has a trained LoRA: attach it first")
     for layer, basis in layers:
@@ -137,8 +137,12 @@ def _checked(model: nn.Module, bases: Mapping[str, Tensor]) -> Iterator[tuple[st
         yield name, places[name], basis
 
 
-def _trained_lora(name: str, place: nn.Module) -> list[LoRALinear]:
-    """Return the LoRA layers of a place of which something is trained."""
+def trained_lora(name: str, place: nn.Module) -> list[LoRALinear]:
+    """Return the LoRA layers of a place of which something is trained.
+
+    Raises:
+        ValueError: another kind of adapter is trained there.
+    """
     found = []
     for layer in adapter_chain(place):
         if not any(p.requires_grad for p in _own(layer)):
@@ -146,7 +150,7 @@ def _trained_lora(name: str, place: nn.Module) -> list[LoRALinear]:
         if type(layer) not in (LoRALinear, LoRAConv1D):
             raise ValueError(
                 f'{name} carries adapter "{layer.adapter_name}", a {type(layer).__name__}: only LoRA can be projected, '
-                "as its change is a product B A. Leave the layer out of that adapter or of the bases"
+                "as its change is a product B A. Leave the layer out of that adapter, or of the bases (modules=...)"
             )
         assert isinstance(layer, LoRALinear)
         found.append(layer)

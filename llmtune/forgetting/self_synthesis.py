@@ -50,8 +50,9 @@ def self_synthesised(
         generator: of the draws; None for torch's global random state.
 
     Returns:
-        Rows for `MixedBatches` or any loop, in order: {"input_ids", "labels"}, lists, with labels on what the model
-        wrote (the end token among it) and -100 on the prompt; of an encoder-decoder, labels are what it wrote alone.
+        Rows for `MixedBatches` (of an encoder-decoder with `unit=loss`) or any loop, in order: {"input_ids", "labels"},
+        lists, with labels on what the model wrote (the end token among it) and -100 on the prompt; of an
+        encoder-decoder, labels are what it wrote alone.
 
     Raises:
         ValueError: there is no prompt, or an empty one; a number is out of range; a name in `teacher` is no adapter's;

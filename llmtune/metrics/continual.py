@@ -30,7 +30,7 @@ class ContinualMatrix:
     Attributes:
         scores: T rows of T numbers, rows in the order of learning; None or NaN where nothing was measured, above the
             diagonal only. A list, an array or a tensor [T, T].
-        baseline: T scores before any training, for forward transfer; None where there are none.
+        baseline: T scores before any training, for forward transfer; None or an empty list where there are none.
         joint: T scores, task k's after training on tasks 1 ... k together, for intransigence; None where there are
             none.
 
@@ -65,7 +65,8 @@ class ContinualMatrix:
         object.__setattr__(self, "scores", scores)
         for name in ("baseline", "joint"):
             given = getattr(self, name)
-            object.__setattr__(self, name, None if given is None else _one_a_task(given, name, T))
+            none = given is None or (isinstance(given, list | tuple) and not given)
+            object.__setattr__(self, name, None if none else _one_a_task(given, name, T))
 
     @property
     def tasks(self) -> int:

@@ -80,8 +80,8 @@ class TaskSequence:
             optimizer's state each time.
 
     Raises:
-        ValueError: there are no tasks, two have one name, one has no evaluation rows though it is to be scored; a
-            setting is out of its range; or the model is sharded.
+        ValueError: there are no tasks, two have one name, one has no evaluation rows though it is to be scored or
+            evaluated; a setting is out of its range; or the model is sharded.
         TypeError: what is no task, method or module stands for one.
 
     Example:
@@ -116,7 +116,7 @@ class TaskSequence:
         if scored not in ("all", "seen"):
             raise ValueError(f'scored must be "all" or "seen", which tasks are scored after each; got {scored!r}')
         self.score, self.scored = self._score(score), scored
-        _check(self.tasks, self.methods, scoring=self.score is not None)
+        _check(self.tasks, self.methods, settings, scoring=self.score is not None)
         self.plan = plan_state(self.tasks, settings, self.methods, "nothing" if self.score is None else scored)
         self.history = SequenceHistory([task.name for task in self.tasks])
         self.ranks = Ranks(model)
@@ -260,7 +260,7 @@ def _remove_checkpoints(folder: Path) -> None:
         remove_checkpoint(path)
 
 
-def _check(tasks: Sequence[Any], methods: Sequence[Any], *, scoring: bool) -> None:
+def _check(tasks: Sequence[Any], methods: Sequence[Any], settings: LoopSettings, *, scoring: bool) -> None:
     """Raise where what is given makes no sequence."""
     if not tasks:
         raise ValueError("a sequence needs one task or more; got none")
@@ -271,6 +271,11 @@ def _check(tasks: Sequence[Any], methods: Sequence[Any], *, scoring: bool) -> No
             raise ValueError(
                 f'task "{task.name}" has no evaluation rows to be scored on: give Task(name, train, evaluation), or '
                 "score=None to score nothing"
+            )
+        if task.evaluation is None and task.settings_of(settings).eval_every:
+            raise ValueError(
+                f'task "{task.name}" has no evaluation rows, and eval_every asks for evaluations inside it: give '
+                'Task(name, train, evaluation), or the task settings={"eval_every": None}'
             )
     names = [task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -11,9 +11,11 @@ from typing import Any
 from torch import nn
 
 from llmtune.adapters.attach import active, adapter_names, adapter_parameters, set_active
+from llmtune.adapters.layer import bare_named_parameters, named_places
 from llmtune.adapters.merge import merge
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.stack import AdapterStack
+from llmtune.adapters.targets import names as is_named
 from llmtune.errors import did_you_mean
 from llmtune.forgetting.distillation import DistillToBase
 from llmtune.modules import unwrap
@@ -24,8 +26,9 @@ class DistillFromEarlier(TaskMethod):
     """Learning without forgetting: predictions may move no further than they must from those of the earlier model.
 
     The earlier model is this one with only those adapters left on that are not being trained: with an adapter a task
-    (`AdapterPerTask`, which stands before this method) the model before the task; with one adapter for all of them the
-    base. Needs adapters, and all that is trained must be in them: a head in their `train_modules`. See `DistillToBase`.
+    (`AdapterPerTask`, which stands before this method) the model before the task; with one adapter for all of them, or
+    with `alone`, the base. Needs adapters, and all that is trained must be in them: a head in their `train_modules`.
+    See `DistillToBase`.
 
     Args:
         strength: 0 or more.
@@ -67,10 +70,11 @@ class AdapterPerTask(TaskMethod):
         merge: fold each task's adapter into the weights for good when the task has ended, so that none is left between
             tasks. What holds the model then stands after this method, and sees it merged, all weights as trained as
             before the adapter: tell `OnlineEWC` and `MemoryAwareSynapses` by `parameters` which ones adapters change.
-        also: beginnings of the names of parameters that are trained beside the adapters, as ("classifier",) for a
+        also: beginnings of the bare names of parameters that are trained beside the adapters, as ("classifier",) for a
             head that goes on from task to task. An adapter that such a module has is frozen with its task.
         alone: each adapter is trained and scored alone, the others switched off: no task can change another, and none
             helps another, but for what `also` names, which they share. Which task a text is of must be known then.
+            Penalties on effective weights have no place beside it: they would pull a task's adapter to the one before.
 
     Raises:
         TypeError: `also` is one string.
@@ -90,22 +94,34 @@ class AdapterPerTask(TaskMethod):
         """Attach the task's adapter, under the task's name (`adapter_name`).
 
         Raises:
-            ValueError: `also` names what the model has not; and as `attach`.
+            ValueError: `also` names what the model has not, or what the adapter copies; and as `attach`.
         """
         model = unwrap(run.model)
-        names = [name for name, _ in model.named_parameters()]
-        for start in self.also:
-            if not any(name.startswith(start) for name in names):
-                raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, names)}')
+        self._check_also(model)
         own = adapter_name(run.task.name)
         with active(model, ()) if self.alone else nullcontext():  # a head's copy is of the one in use: here the base's
             AdapterStack(model).start(self.config, own)
         if self.alone:
             set_active(model, own)
-        adapters = {id(p) for name in adapter_names(model) for p in adapter_parameters(model, name).values()}
-        for name, parameter in model.named_parameters():
-            if self.also and name.startswith(self.also) and id(parameter) not in adapters:  # those of before stay
+        for name, parameter in bare_named_parameters(model):
+            if name.startswith(self.also):
                 parameter.requires_grad_(True)
+
+    def _check_also(self, model: nn.Module) -> None:
+        """Raise where `also` names nothing, or what each adapter has a copy of."""
+        known = [name for name, _ in bare_named_parameters(model)]
+        copied = getattr(self.config, "train_modules", None) or ()
+        places = [place for place, _ in named_places(model) if copied and is_named(copied, place)]
+        for start in self.also:
+            chosen = [name for name in known if name.startswith(start)]
+            if not chosen:
+                raise ValueError(f'no parameter of the model begins with "{start}".{did_you_mean(start, known)}')
+            for place in places:
+                if any(name.startswith(place + ".") for name in chosen):
+                    raise ValueError(
+                        f'also names "{start}", of which each task has a copy that runs in its place (train_modules of '
+                        f'the adapter, "{place}"): name it in one of the two'
+                    )
 
     def around_scoring(self, model: nn.Module, task: Task) -> AbstractContextManager[Any]:
         """With `alone`, switch to the task's own adapter; none before the task was trained."""

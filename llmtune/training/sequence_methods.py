@@ -11,6 +11,7 @@ from torch import Tensor
 from llmtune.adapters.effective import anchor_of, choose_parameters
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import check_kind, diagonal_fisher
+from llmtune.forgetting.importance import check_storage
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.own_classes import OwnClassesLoss
 from llmtune.regularizers.anchored import check_strength
@@ -34,10 +35,11 @@ class EWCPerTask(TaskMethod):
         examples: of how many of a task's rows it is taken, drawn at random; None for all.
         parameters: bare names, or a function of one, that says what is held; left out, all that the task trains, as
             the methods before this one have arranged it.
+        dtype, device: what is held is rounded to and where it stays, as in `EWC`.
 
     Raises:
-        ValueError: strength is negative or not finite, `examples` is no whole number of at least 1, or kind or unit is
-            unknown.
+        ValueError: strength is negative or not finite, `examples` is no whole number of at least 1, kind or unit is
+            unknown, or `dtype` is none of floats.
 
     Reference:
         Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks", equation 3; that old tasks'
@@ -53,27 +55,33 @@ class EWCPerTask(TaskMethod):
         unit: Literal["sequence", "token"] = "sequence",
         examples: int | None = None,
         parameters: Collection[str] | Callable[[str], bool] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        check_strength("strength", strength)
+        self.strength, self.dtype, self.device = check_storage(strength, dtype, device)
         if examples is not None:
             check_whole("examples", examples)
         check_kind(kind, unit)
-        self.strength, self.kind, self.unit = float(strength), kind, unit
+        self.kind, self.unit = kind, unit
         self.examples, self.parameters = examples, parameters
-        self.held: dict[str, dict[str, Mapping[str, Tensor]]] = {}  # by task: "fisher" and "anchor"
+        self.held: dict[str, dict[str, Mapping[str, Any]]] = {}  # by task: "fisher" and "anchor"
         self._chosen: list[str] = []
 
     def before_task(self, run: TaskRun) -> None:
         """Add a penalty for each earlier task, and note what this one trains."""
         self._chosen = list(choose_parameters(run.model, self.parameters))
-        run.penalties += [EWC(past["fisher"], past["anchor"], self.strength) for past in self.held.values()]
+        run.penalties += [self._penalty(past["fisher"], past["anchor"]) for past in self.held.values()]
 
     def after_task(self, run: TaskRun) -> None:
         """Take the Fisher information and the anchor of the trained task."""
         fisher = diagonal_fisher(
             run.model, run.batches(self.examples), kind=self.kind, unit=self.unit, parameters=self._chosen
         )
-        self.held[run.task.name] = {"fisher": fisher, "anchor": anchor_of(run.model, self._chosen)}
+        made = self._penalty(fisher, anchor_of(run.model, self._chosen))  # rounds, and takes them where they stay
+        self.held[run.task.name] = {"fisher": made.fisher, "anchor": {n: a.base for n, a in made.anchors.items()}}
+
+    def _penalty(self, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> EWC:
+        return EWC(fisher, anchor, self.strength, dtype=self.dtype, device=self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return each finished task's Fisher information and anchor."""

@@ -8,6 +8,7 @@ from llmtune.data.mixing import MixedBatches, count_targets, replayed_rows
 from llmtune.data.packing import pack
 from llmtune.data.replay import ReplayBuffer
 from llmtune.losses.causal_lm import causal_lm_loss
+from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
 from llmtune.testing.models import tiny_llama
 from llmtune.training import LoopSettings, TrainingLoop
 from llmtune.types import Callback
@@ -164,6 +165,25 @@ def test_rows_without_predictions_get_empty_ones():
     assert batch["teacher_logits"].isnan().sum(1).tolist() in ([3, 1, 0], [3, 0, 1])
 
 
+def translations(count, *, tokens, labels):
+    return [{"input_ids": [5 + k % 7] * tokens, "labels": [7] * labels} for k in range(count)]
+
+
+def test_a_loss_counts_its_own_targets():
+    """An encoder-decoder's rows with as many labels as tokens are short of one by the causal count."""
+    new, old = translations(10, tokens=4, labels=4), translations(50, tokens=3, labels=9)
+    exact = MixedBatches(new, old, 0.5, unit=sequence_to_sequence_loss)
+    of_new = sequence_to_sequence_loss.count_targets(collate_padded(new))
+    of_old = sum(sequence_to_sequence_loss.count_targets(collate_padded([old[at]])) for at in exact.replayed)
+    assert (of_new, of_old) == (40, 36)
+    assert exact.share == of_old / (of_old + of_new)
+    assert len(MixedBatches(new, old, 0.5).replayed) == 3  # of 30, not of 40
+    short = translations(7, tokens=1, labels=1)
+    with pytest.raises(ValueError, match=r"the new rows have no targets.*give unit=loss"):
+        MixedBatches(short, short, 0.5)
+    assert MixedBatches(short, short, 0.5, unit=sequence_to_sequence_loss).share == 0.5
+
+
 def test_bad_input():
     rows = texts(5)
     for ratio in (-0.1, 1.0, float("nan")):
@@ -173,7 +193,9 @@ def test_bad_input():
         MixedBatches(rows, ReplayBuffer(3))
     with pytest.raises(ValueError, match="there are no new rows to mix"):
         MixedBatches([], rows)
-    with pytest.raises(ValueError, match=r'unit must be "targets", "tokens" or a function of a row; got \'rows\''):
+    with pytest.raises(
+        ValueError, match=r'unit must be "targets", "tokens", a loss or a function of a row; got \'rows\''
+    ):
         MixedBatches(rows, rows, unit="rows")
     for odd in (-1, 1.5):
         with pytest.raises(ValueError, match=f"a whole number, 0 or more, in each row; got {odd} of new row 0"):

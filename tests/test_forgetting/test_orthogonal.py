@@ -389,3 +389,37 @@ def test_before_the_first_task_nothing_is_protected():
     loop.callbacks.clear()
     loop.fit()
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_one_adapter_for_all_tasks_goes_on_bit_for_bit(tmp_path):
+    """What B keeps to is made of A as it was when the task began, which by the middle has moved in its last bits."""
+
+    def adapted():
+        model = tiny_gpt2()
+        torch.manual_seed(3)
+        attach(model, LoRA(rank=3, alpha=4, targets=["c_attn"]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_b" in name:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        memory = GradientProjectionMemory(rank=1)
+        memory.finish_task(model, [collate_padded(ROWS)])
+        return {"model": model, "memory": memory}
+
+    whole = run(**adapted(), folder=tmp_path / "whole")
+    whole.fit()
+    with pytest.raises(KeyboardInterrupt):
+        run(**adapted(), folder=tmp_path / "cut", stop=3).fit()
+    again = run(**adapted(), folder=tmp_path / "cut")
+    again.fit(resume=True)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_a_head_that_an_adapter_copies_is_refused_before_the_first_task():
+    model = tiny_bert(labels=3)
+    attach(model, LoRA(rank=3, alpha=4, targets=["query"], train_modules=["classifier"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ValueError, match=r'classifier carries adapter "default", a \w+: only LoRA can be projected'):
+        GradientProjectionMemory().attach(model, optimizer)
+    GradientProjectionMemory(modules=lambda name: "query" in name).attach(model, optimizer)

@@ -53,6 +53,7 @@ def test_what_lies_above_the_diagonal_may_be_missing():
     with pytest.raises(ValueError, match=r"needs the score of task 1 after task 0 \(from 0\), before it was learned"):
         _ = ContinualMatrix(LOWER, baseline=[0, 0, 0]).forward_transfer
     assert "forward_transfer" not in ContinualMatrix(LOWER, baseline=[0, 0, 0]).summary()
+    assert ContinualMatrix(LOWER, baseline=[]).baseline is None  # as a sequence that scores seen tasks has it
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])

@@ -208,6 +208,12 @@ class TestScores:
         assert (history.baseline, history.scores, len(history.loops)) == ([], [], 3)
         with pytest.raises(ValueError, match='task "maths" has no evaluation rows to be scored on: give Task'):
             sequence(tasks=tasks)
+        tasks[0] = language_tasks()[0]
+        changed = {"settings": dataclasses.replace(settings(), eval_every=1), "score": None}
+        with pytest.raises(ValueError, match='task "french" has no evaluation rows, and eval_every asks for'):
+            sequence(tasks=tasks, **changed)
+        tasks[1:] = [dataclasses.replace(task, settings={"eval_every": None}) for task in tasks[1:]]
+        assert len(sequence(tasks=tasks, **changed).run().loops) == 3
 
     def test_what_is_no_score(self):
         with pytest.raises(ValueError, match='score of task "maths" must be a finite number; got nan'):

@@ -10,6 +10,7 @@ from sequences import class_rows_of, classifier, language_tasks, settings, texts
 from llmtune.adapters.attach import adapter_names, adapter_parameters, attach
 from llmtune.adapters.config import LoRA
 from llmtune.adapters.effective import anchor_of
+from llmtune.adapters.layer import bare_module
 from llmtune.adapters.stack import AdapterStack
 from llmtune.data.collate import collate_padded
 from llmtune.forgetting.fisher import diagonal_fisher
@@ -91,6 +92,24 @@ class TestEWCPerTask:
             lost.append(history.scores[0][0] - history.scores[2][0])
         assert lost[0] > 0.3
         assert lost[1] < 0.3 * lost[0]
+
+    def test_what_is_held_may_be_half_as_large(self):
+        """Rounded once, and the penalty is that of what was rounded."""
+        whole, half = EWCPerTask(7.0, kind="empirical"), EWCPerTask(7.0, kind="empirical", dtype=torch.bfloat16)
+        tasks = language_tasks()[:1]
+        for method in (whole, half):
+            run(tiny_llama(), method, tasks=tasks)
+        for part in ("fisher", "anchor"):
+            for name, value in whole.held["maths"][part].items():
+                assert half.held["maths"][part][name].dtype == torch.bfloat16
+                torch.testing.assert_close(half.held["maths"][part][name].float(), value, rtol=1 / 128, atol=1e-30)
+        again = EWCPerTask(7.0, dtype=torch.bfloat16)
+        again.load_state_dict(half.state_dict())
+        run_now = TaskSequence(tiny_llama(), language_tasks(), settings=settings(), methods=[again])._arranged(0)
+        (penalty,) = run_now.penalties
+        assert all(value.dtype == torch.bfloat16 for value in penalty.fisher.values())
+        with pytest.raises(ValueError, match="dtype must be one of"):
+            EWCPerTask(7.0, dtype=torch.int8)
 
     def test_a_number_of_examples_and_names(self):
         def head(name):
@@ -240,6 +259,19 @@ class TestAdapterPerTask:
             ValueError, match=r'no parameter of the model begins with "lm_haed".* Did you mean "lm_head'
         ):
             run(tiny_llama(), AdapterPerTask(ADAPTER, also=["lm_haed"]))
+
+
+def test_what_goes_on_is_named_by_its_bare_name_and_once():
+    """Also where the first task's adapter has gone around it."""
+    model = tiny_llama()
+    before = model.lm_head.weight.clone()
+    adapter = dataclasses.replace(ADAPTER, targets=["q_proj", "lm_head"])
+    run(model, AdapterPerTask(adapter, also=["lm_head.weight"]))
+    assert bare_module(model.lm_head).weight.requires_grad
+    assert not torch.equal(bare_module(model.lm_head).weight, before)
+    copied = dataclasses.replace(ADAPTER, train_modules=["lm_head"])
+    with pytest.raises(ValueError, match=r'also names "lm_head", of which each task has a copy that runs in its place'):
+        run(tiny_llama(), AdapterPerTask(copied, also=["lm_head"]))
 
 
 def test_a_head_beside_the_adapters_would_be_the_earlier_models_too():
