@@ -171,20 +171,21 @@ def memory(sizes: list[int]) -> dict[str, Any]:
     """Measure what one step holds beyond inputs and gradients, each case in a process of its own."""
     found: dict[str, Any] = {}
     rows = []
+    ways = [way for way in ("ours", "plain", SLOW) if way in WAYS]
     for head in CHOSEN:
         for dtype in DTYPES:
             for frozen in (False, True):
                 for N in sizes:
                     command = [sys.executable, __file__, "--extra-memory", head, dtype, str(N), str(int(frozen))]
                     extra = {}
-                    for way in (way for way in ("ours", "plain", SLOW) if way in WAYS):
+                    for way in ways:
                         run = subprocess.run([*command, way], check=True, capture_output=True, text=True)
                         extra[way] = int(run.stdout)
                     name = f"{head}, {dtype}, N={N}, {'frozen' if frozen else 'trained'} head"
                     found[name] = extra
                     rows.append([name, *(f"{value / MIB:.0f}" for value in extra.values())])
                     print(rows[-1], flush=True)
-    print(table(rows, header=("MiB beyond inputs and gradients", *found[next(iter(found))])))
+    print(table(rows, header=("MiB beyond inputs and gradients", *ways)))
     return found
 
 

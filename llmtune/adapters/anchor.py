@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,16 @@ def check_dtype(dtype: torch.dtype | None) -> None:
     """Raise ValueError where anchors cannot be kept in a dtype; None is for no rounding."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, or None; got {dtype}")
+
+
+def check_strength(what: str, strength: Any) -> None:
+    """Raise ValueError where a strength is no finite number, 0 or more, and TypeError where it is no number."""
+    try:
+        number = float("." if isinstance(strength, str) else strength)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{what} must be a finite number, 0 or more; got {strength!r:.60}") from None
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{what} must be a finite number, 0 or more; got {strength}")
 
 
 def fingerprint(tensor: Tensor) -> str:

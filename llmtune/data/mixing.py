@@ -38,10 +38,10 @@ class MixedBatches:
         ratio: the replayed share of all targets, 0 (none) to less than 1.
         seed: of the draw.
         unit: what is counted in a row. The loss that is trained by: its `count_targets` of the row as a batch of one,
-            which is exact for every loss. "targets": labels other than -100, without the first one of each document
-            where there is one label a token, as a causal loss counts them; so where an encoder-decoder's row has as
-            many labels as tokens, or the first label of a masked one is not -100, one target is missed. "tokens": the
-            input ids. Or a function of a row.
+            which is exact for every loss that does not compare rows with each other. "targets": labels other than -100,
+            without the first one of each document where there is one label a token, as a causal loss counts them; so
+            where an encoder-decoder's row has as many labels as tokens, or the first label of a masked one is not -100,
+            one target is missed. "tokens": the input ids. Or a function of a row.
         collate: makes the batch of one for a loss.
 
     Attributes:
@@ -70,31 +70,32 @@ class MixedBatches:
     ) -> None:  # fmt: skip
         if not 0 <= ratio < 1:
             raise ValueError(f"ratio must be 0 or more and less than 1, the replayed share of all targets; got {ratio}")
-        if not callable(unit) and unit not in COUNTS:
+        if isinstance(unit, type) or (not callable(unit) and unit not in COUNTS):
             raise ValueError(f'unit must be "targets", "tokens", a loss or a function of a row; got {unit!r}')
         for rows, what in ((new, "new rows"), (replay, "replayed rows")):
             if len(rows) == 0:
                 raise ValueError(f"there are no {what} to mix: fill the buffer, or train on the other rows alone")
         self.new, self.ratio = new, ratio
         self.old = replay.rows() if isinstance(replay, ReplayBuffer) else replay
-        counted = getattr(unit, "count_targets", None)
+        counted = None if isinstance(unit, type) else getattr(unit, "count_targets", None)
         count: Callable[[Mapping[str, Any]], int]
         if callable(counted):
-            count, unit = lambda row: int(counted(collate([row]))), "targets"
+            count = lambda row: int(counted(collate([row])))
         else:
             count = unit if callable(unit) else COUNTS[unit]  # type: ignore[assignment]
+        what = "targets by the loss's count" if callable(counted) else unit
         counts, kept = self._look(count)
         fresh = sum(counts[: len(new)])
         if fresh == 0 or (ratio and sum(counts[len(new) :]) == 0):
+            hint = " (a loss that does not shift counts otherwise: give unit=loss)" if unit == "targets" else ""
             raise ValueError(
-                f"the {'replayed' if fresh else 'new'} rows have no {unit}, so there is no ratio to keep (a loss that "
-                "does not shift counts otherwise: give unit=loss)"
+                f"the {'replayed' if fresh else 'new'} rows have no {what}, so there is no ratio to keep{hint}"
             )
         wanted = round(fresh * ratio / (1 - ratio))
         self.replayed = replayed_rows(counts[len(new) :], wanted, seed=seed)
         if ratio and not self.replayed:
             raise ValueError(
-                f"ratio={ratio} of these rows is {wanted} {unit} to replay, less than half of any old row's: give a "
+                f"ratio={ratio} of these rows is {wanted} {what} to replay, less than half of any old row's: give a "
                 "larger ratio, or more new rows"
             )
         old = sum(counts[len(new) + at] for at in self.replayed)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor, anchored_quadratic, check_dtype
+from llmtune.adapters.anchor import Anchor, anchored_quadratic, check_dtype, check_strength
 from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.effective import Choice, choose_parameters, effective_parameters
 from llmtune.errors import CheckpointError, check_state, did_you_mean
@@ -106,9 +105,9 @@ def check_storage(
 
     Raises:
         ValueError: the strength is negative or not finite, or the dtype is none of floats.
+        TypeError: the strength is no number.
     """
-    if not (strength >= 0 and math.isfinite(strength)):
-        raise ValueError(f"strength must be a finite number, 0 or more; got {strength}")
+    check_strength("strength", strength)
     check_dtype(dtype)
     return float(strength), dtype, None if device is None else torch.device(device)
 

@@ -127,7 +127,8 @@ class GradientProjectionMemory(Projected):
         check_extent(energy, rank)
         super().__init__()
         self.energy, self.rank, self.modules = energy, rank, modules
-        self._of_b: dict[str, Tensor] | None = None  # of LoRA's B, by name: made of A as it was when it was attached
+        self._of_b: dict[str, Tensor] = {}  # of LoRA's B, by name: made of A as it was when it was attached
+        self._loaded: dict[str, Tensor] = {}  # the same of a run that goes on, until it is attached
 
     def finish_task(self, model: nn.Module, batches: Iterable[Batch | tuple[Tensor, Tensor]]) -> None:
         """Protect what the layers' inputs on some examples of the task span, beside what is protected already.
@@ -137,53 +138,49 @@ class GradientProjectionMemory(Projected):
             batches: some 100 examples of the task: dicts, or pairs (inputs [n, ...], targets), as for `input_basis`.
 
         Raises:
-            ValueError: a layer has had no input, or none but 0 or NaN, or a basis does not fit it.
+            ValueError: a layer has had no input, or none but 0 or NaN, or a basis does not fit it; or a trained adapter
+                other than LoRA, a head's copy among them, which nothing could keep to a basis later.
             TypeError: `batches` is a single batch, or holds something else.
         """
+        for name, place in chosen_places(unwrap(model), self.modules).items():
+            trained_lora(name, place)
+        self._loaded = {}
         extent: dict[str, Any] = {"energy": self.energy, "rank": self.rank}
         self.kept = input_basis(model, batches, modules=self.modules, extend=self.kept, **extent)
-
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Keep the optimizer's steps to what is protected; before the first task, see that it could be.
-
-        Args:
-            model: that was trained on the earlier tasks.
-            optimizer: of its parameters.
-
-        Raises:
-            ValueError: a layer to protect has a trained adapter other than LoRA; or as `Projected.attach`.
-        """
-        for name, place in chosen_places(unwrap(model), self.modules).items() if not self.kept else ():
-            trained_lora(name, place)
-        super().attach(model, optimizer)
 
     def projection(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> UpdateProjection:
         """See `Projected.projection`."""
         found = protected_parameters(model, self.kept)
-        of_b = {name: p for name, p in model.named_parameters() if name.endswith("lora_b") and p.requires_grad}
-        if self._of_b is None:
-            known = {name: found.get(p) for name, p in of_b.items()}
-            self._of_b = {name: directions.basis for name, directions in known.items() if directions is not None}
-        else:  # of a run that goes on, whose A has moved by rounding along what it is projected from
-            for name, p in of_b.items():
-                found.pop(p, None)
-                if name in self._of_b:
-                    found[p] = Directions(self._of_b[name].to(p.device))
-        return UpdateProjection(optimizer, found)
+        of_b = {name: p for name, p in model.named_parameters() if name.endswith("lora_b") and found.get(p)}
+        for name, p in of_b.items():
+            now, then = found[p], self._loaded.get(name)
+            if now is not None and then is not None and _same_span(then.to(now.basis), now.basis):
+                found[p] = Directions(then.to(now.basis))  # a run that goes on: to the bit what it kept to
+        hooks = UpdateProjection(optimizer, found)
+        self._of_b, self._loaded = {n: d.basis for n, p in of_b.items() if (d := found[p]) is not None}, {}
+        return hooks
 
     def detach(self) -> None:
         """Take the hooks off; nothing where there are none."""
         super().detach()
-        self._of_b = None
+        self._of_b = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is protected, tensors by name; while it is attached, what LoRA's B keeps to as well."""
-        return super().state_dict() | ({} if self._of_b is None else {"of_b": dict(self._of_b)})
+        return super().state_dict() | ({"of_b": dict(self._of_b)} if self._of_b else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave; see `Projected.load_state_dict`."""
+        of_b = state.get("of_b", {})
+        if not isinstance(of_b, Mapping) or not all(isinstance(value, Tensor) for value in of_b.values()):
+            raise CheckpointError(f"'of_b' of a GradientProjectionMemory holds tensors by name; got {of_b!r:.60}")
         super().load_state_dict({key: value for key, value in state.items() if key != "of_b"})
-        self._of_b = {name: value.clone() for name, value in state["of_b"].items()} if "of_b" in state else None
+        self._loaded = {name: value.clone() for name, value in of_b.items()}
+
+
+def _same_span(one: Tensor, other: Tensor) -> bool:
+    """Return whether two orthonormal bases [r, k] span the same but for rounding."""
+    return one.shape == other.shape and float((other - one @ (one.T @ other)).norm()) < 1e-3
 
 
 class OrthogonalGradientDescent(Projected):

@@ -187,7 +187,7 @@ def prototypical_loss(
             f"class {int(wanted[strange][0])} of a query has no example in the support, whose classes are "
             f"{classes.tolist()}"
         )
-    z = nearness(asked[:, None], prototypes, distance) / temperature
+    z = nearness(asked, prototypes, distance) / temperature
     losses = F.cross_entropy(z, targets, reduction="none")
     return reduced(losses, rows, query_labels.shape, reduction)
 
@@ -236,11 +236,11 @@ def prototypes_of(support: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     return classes, means, counts
 
 
-def nearness(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
-    """Return minus the distance of a [..., E] and b [..., E], which are broadcast: the squared, or 1 - cosine."""
+def nearness(queries: Tensor, prototypes: Tensor, distance: Distance) -> Tensor:
+    """Return minus the distances [m, C] of queries [m, E] and prototypes [C, E]: the squared, or 1 - cosine."""
     if distance == "euclidean":
-        return -(a - b).square().sum(-1)
-    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1) - 1
+        return -(queries[:, None] - prototypes).square().sum(-1)
+    return similarities(queries, prototypes) - 1
 
 
 def _class_labels(name: str, rows: Tensor, labels: Tensor) -> Tensor:

@@ -87,8 +87,11 @@ class PrototypicalLoss:
         targets = torch.searchsorted(classes, labels.index_select(0, asked))
         n = counts[targets, None]
         own = (n * prototypes[targets] - queries) / (n - 1)  # the class's mean without the row itself
-        z = nearness(queries[:, None], prototypes, self.distance)
-        z = z.scatter(1, targets[:, None], nearness(queries, own, self.distance)[:, None])
+        if self.distance == "euclidean":
+            to_own = -(queries - own).square().sum(-1)
+        else:
+            to_own = (F.normalize(queries, dim=1) * F.normalize(own, dim=1)).sum(1) - 1
+        z = nearness(queries, prototypes, self.distance).scatter(1, targets[:, None], to_own[:, None])
         return F.cross_entropy(z / self.temperature, targets)
 
     def count_targets(self, batch: Batch) -> int:

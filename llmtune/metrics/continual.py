@@ -31,8 +31,8 @@ class ContinualMatrix:
         scores: T rows of T numbers, rows in the order of learning; None or NaN where nothing was measured, above the
             diagonal only. A list, an array or a tensor [T, T].
         baseline: T scores before any training, for forward transfer; None or an empty list where there are none.
-        joint: T scores, task k's after training on tasks 1 ... k together, for intransigence; None where there are
-            none.
+        joint: T scores, task k's after training on tasks 1 ... k together, for intransigence; None or an empty
+            list where there are none.
 
     Raises:
         ValueError: the matrix is not square or has no row; a score on or below the diagonal is missing; a score is

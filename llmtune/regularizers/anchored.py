@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor, check_dtype
+from llmtune.adapters.anchor import Anchor, check_dtype, check_strength
 from llmtune.adapters.effective import EffectiveParameter, choose_parameters, effective_parameters
 from llmtune.errors import CheckpointError, did_you_mean
 from llmtune.modules import unwrap
@@ -94,14 +92,6 @@ class Anchored(Callback):
                 raise CheckpointError(
                     f"the saved {kind} had another anchor of {name}: make this one of the same tensors (save them once)"
                 )
-
-
-def check_strength(what: str, strength: float) -> None:
-    """Raise ValueError where a strength is no finite number, 0 or more, and TypeError where it is no number."""
-    if not isinstance(strength, Real):
-        raise TypeError(f"{what} must be a finite number, 0 or more; got {strength!r:.60}")
-    if not (strength >= 0 and math.isfinite(strength)):
-        raise ValueError(f"{what} must be a finite number, 0 or more; got {strength}")
 
 
 def is_among(name: str, names: Names) -> bool:

@@ -115,7 +115,7 @@ class DecoupledL2SP(Anchored):
             if hasattr(entry.parameter, "device_mesh") != hasattr(value, "device_mesh"):
                 raise ValueError(
                     f"{name} is spread over processes and its anchor is not, or the other way round: make the anchor "
-                    "of the model after it has been spread (shard)"
+                    "of the model as it is trained, after it has been spread (shard)"
                 )
             parameters, values = held.setdefault(groups[id(entry.parameter)], ([], []))
             parameters.append(entry.parameter)

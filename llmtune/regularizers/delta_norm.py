@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmtune.adapters.anchor import check_strength
 from llmtune.adapters.attach import adapter_layers, record_of
 from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.layer import AdapterLayer
@@ -15,7 +16,6 @@ from llmtune.adapters.parameters import LoRAParameter, expert_factors
 from llmtune.adapters.token_rows import TokenRows
 from llmtune.adapters.trained_copy import TrainedBias, TrainedCopy
 from llmtune.modules import unwrap
-from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.products import difference, product_norms
 from llmtune.weights.quadratic import Factors
 

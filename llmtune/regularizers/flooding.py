@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -46,11 +46,12 @@ class Flooding(Callback):
 
         gradient of |L - level| + level = sign(L - level) * gradient of L
 
-    L is the mean over all the step's targets, over all micro-batches and processes, as the loop's history has it, and
-    without penalties, whose gradient stays. So the gradient is that of `flood` of the whole step's loss however the
+    L is the mean over all the step's targets, over all micro-batches and processes, and without penalties, whose
+    gradient stays. So the gradient is that of `flood` of the whole step's loss however the
     step is cut. Each row of the history gets "flooded", 1 where the step pointed up. Evaluation is untouched. In a
     `SharpnessAware` loop each of the two gradients is turned by the loss of its own pass, so that the steps are those
-    of the flooded loss; L and "flooded" are then of the second.
+    of the flooded loss; "flooded" is then of the second. Callbacks behind this one hear of the turned gradient:
+    `SynapticIntelligence`, which is about the task's own, stands before it.
 
     Args:
         level: of the loss, larger than 0. Of a language model, whose loss cannot reach 0, a little below what
@@ -63,7 +64,7 @@ class Flooding(Callback):
     that accumulates, it floods micro-batches one by one, which is another objective for every micro-batch size.
     """
 
-    at_the_weights: ClassVar[bool] = True  # type: ignore[misc]
+    at_the_weights = True
     level: float
 
     def __post_init__(self) -> None:

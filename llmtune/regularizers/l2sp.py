@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.adapters.anchor import Anchor, anchored_quadratic
+from llmtune.adapters.anchor import Anchor, anchored_quadratic, check_strength
 from llmtune.adapters.autocast import no_autocast
 from llmtune.adapters.effective import EffectiveParameter
 from llmtune.errors import did_you_mean
-from llmtune.regularizers.anchored import Anchored, Names, check_strength, is_among
+from llmtune.regularizers.anchored import Anchored, Names, is_among
 from llmtune.regularizers.products import difference, product_norms
 from llmtune.weights.quadratic import Factors
 

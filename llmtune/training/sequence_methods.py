@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llmtune.adapters.anchor import check_strength
 from llmtune.adapters.effective import anchor_of, choose_parameters
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import check_kind, diagonal_fisher
 from llmtune.forgetting.importance import check_storage
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.own_classes import OwnClassesLoss
-from llmtune.regularizers.anchored import check_strength
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.training.part_trains import check_whole
 from llmtune.training.sequence_task import TaskMethod, TaskRun

@@ -178,6 +178,8 @@ def test_a_loss_counts_its_own_targets():
     assert (of_new, of_old) == (40, 36)
     assert exact.share == of_old / (of_old + of_new)
     assert len(MixedBatches(new, old, 0.5).replayed) == 3  # of 30, not of 40
+    with pytest.raises(ValueError, match=r"unit must be .* a loss or a function of a row; got <class"):
+        MixedBatches(new, old, 0.5, unit=type(sequence_to_sequence_loss))
     short = translations(7, tokens=1, labels=1)
     with pytest.raises(ValueError, match=r"the new rows have no targets.*give unit=loss"):
         MixedBatches(short, short, 0.5)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmtune.adapters import IA3, DoRA, LoRA, attach
-from llmtune.adapters.attach import adapter_layers
+from llmtune.adapters.attach import adapter_layers, detach
 from llmtune.data.collate import collate_packed, collate_padded
 from llmtune.errors import CheckpointError
 from llmtune.forgetting import (
@@ -416,10 +416,40 @@ def test_one_adapter_for_all_tasks_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
-def test_a_head_that_an_adapter_copies_is_refused_before_the_first_task():
+def test_what_one_adapter_kept_to_is_not_taken_for_the_next_ones():
+    """The state of a checkpoint inside a task, loaded for the task after it."""
+    model, batch = tiny_gpt2(), collate_padded(ROWS)
+    attach(model, LoRA(rank=3, alpha=4, targets=["c_attn"]), "one")
+    memory = GradientProjectionMemory(rank=2, modules=lambda name: name.endswith("c_attn"))
+    memory.finish_task(model, [batch])
+    project_lora_a(model, memory.kept)
+    memory.attach(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    inside = GradientProjectionMemory(rank=2, modules=memory.modules)
+    inside.load_state_dict(memory.state_dict())
+    detach(model, "one")
+    attach(model, LoRA(rank=3, alpha=4, targets=["c_attn"]), "one")  # of the same name, and not projected
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_b" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    layers = {n: m for n, m in model.named_modules() if type(m).__name__ == "LoRAConv1D"}
+    before = {n: outputs_on(m, inside.kept[n]) for n, m in layers.items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    inside.attach(model, optimizer)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    for name, layer in layers.items():
+        torch.testing.assert_close(outputs_on(layer, inside.kept[name]), before[name], atol=1e-5, rtol=0)
+
+
+def test_a_head_that_an_adapter_copies_cannot_be_protected():
     model = tiny_bert(labels=3)
     attach(model, LoRA(rank=3, alpha=4, targets=["query"], train_modules=["classifier"]))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = {"input_ids": torch.tensor([[5, 7, 11]]), "labels": torch.tensor([1])}
     with pytest.raises(ValueError, match=r'classifier carries adapter "default", a \w+: only LoRA can be projected'):
-        GradientProjectionMemory().attach(model, optimizer)
-    GradientProjectionMemory(modules=lambda name: "query" in name).attach(model, optimizer)
+        GradientProjectionMemory().finish_task(model, [batch])
+    GradientProjectionMemory(modules=lambda name: "query" in name).finish_task(model, [batch])
+    with pytest.raises(CheckpointError, match="holds tensors by name; got 3"):
+        GradientProjectionMemory().load_state_dict({"kept": {}, "of_b": 3})

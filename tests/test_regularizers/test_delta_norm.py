@@ -125,6 +125,9 @@ def test_bad_strength(strength):
         DeltaNorm(strength)
     with pytest.raises(TypeError, match=r"strength must be a finite number, 0 or more; got Linear\("):
         DeltaNorm(torch.nn.Linear(3, 2))
+    with pytest.raises(TypeError, match="strength must be a finite number, 0 or more; got '1e3'"):
+        DeltaNorm("1e3")
+    DeltaNorm(torch.tensor(0.5))
 
 
 @pytest.mark.parametrize(
