@@ -83,7 +83,7 @@ class MixedBatches:
             count = lambda row: int(counted(collate([row])))
         else:
             count = unit if callable(unit) else COUNTS[unit]  # type: ignore[assignment]
-        what = "targets by the loss's count" if callable(counted) else unit
+        what: Any = "targets by the loss's count" if callable(counted) else unit
         counts, kept = self._look(count)
         fresh = sum(counts[: len(new)])
         if fresh == 0 or (ratio and sum(counts[len(new) :]) == 0):
