@@ -83,19 +83,19 @@ class MixedBatches:
             count = lambda row: int(counted(collate([row])))
         else:
             count = unit if callable(unit) else COUNTS[unit]  # type: ignore[assignment]
-        counted_are: Any = "targets by the loss's count" if callable(counted) else unit
+        counts_of: Any = "targets by the loss's count" if callable(counted) else unit
         counts, kept = self._look(count)
         fresh = sum(counts[: len(new)])
         if fresh == 0 or (ratio and sum(counts[len(new) :]) == 0):
             hint = " (a loss that does not shift counts otherwise: give unit=loss)" if unit == "targets" else ""
             raise ValueError(
-                f"the {'replayed' if fresh else 'new'} rows have no {counted_are}, so there is no ratio to keep{hint}"
+                f"the {'replayed' if fresh else 'new'} rows have no {counts_of}, so there is no ratio to keep{hint}"
             )
         wanted = round(fresh * ratio / (1 - ratio))
         self.replayed = replayed_rows(counts[len(new) :], wanted, seed=seed)
         if ratio and not self.replayed:
             raise ValueError(
-                f"ratio={ratio} of these rows is {wanted} {counted_are} to replay, less than half of any old row's: give a "
+                f"ratio={ratio} of these rows is {wanted} {counts_of} to replay, less than half of any old row's: give a "
                 "larger ratio, or more new rows"
             )
         old = sum(counts[len(new) + at] for at in self.replayed)
