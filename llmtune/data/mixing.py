@@ -95,8 +95,8 @@ class MixedBatches:
         self.replayed = replayed_rows(counts[len(new) :], wanted, seed=seed)
         if ratio and not self.replayed:
             raise ValueError(
-                f"ratio={ratio} of these rows is {wanted} {counts_of} to replay, less than half of any old row's: give a "
-                "larger ratio, or more new rows"
+                f"ratio={ratio} of these rows is {wanted} {counts_of} to replay, less than half of any old row's: give "
+                "a larger ratio, or more new rows"
             )
         old = sum(counts[len(new) + at] for at in self.replayed)
         self.share = old / (old + fresh)
