@@ -81,5 +81,5 @@ def refusals(rank, names):
 def test_what_needs_whole_parameters_says_so(tmp_path):
     told, other = run(2, refusals, ["DecoupledL2SP", "ChildTuning"], folder=tmp_path)
     assert told == other
-    assert "make the anchor of the model after it has been spread" in told["DecoupledL2SP"]
+    assert "make the anchor of the model as it is trained, after it has been spread" in told["DecoupledL2SP"]
     assert told["ChildTuning"].endswith("train data-parallel, without sharding")
