@@ -27,9 +27,11 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 def check_strength(what: str, strength: Any) -> None:
     """Raise ValueError where a strength is no finite number, 0 or more, and TypeError where it is no number."""
     try:
-        number = float("." if isinstance(strength, str) else strength)
+        number = None if isinstance(strength, str) else float(strength)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{what} must be a finite number, 0 or more; got {strength!r:.60}") from None
+        number = None
+    if number is None:
+        raise TypeError(f"{what} must be a finite number, 0 or more; got {strength!r:.60}")
     if not 0 <= number < math.inf:
         raise ValueError(f"{what} must be a finite number, 0 or more; got {strength}")
 

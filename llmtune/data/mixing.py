@@ -77,7 +77,7 @@ class MixedBatches:
                 raise ValueError(f"there are no {what} to mix: fill the buffer, or train on the other rows alone")
         self.new, self.ratio = new, ratio
         self.old = replay.rows() if isinstance(replay, ReplayBuffer) else replay
-        counted = None if isinstance(unit, type) else getattr(unit, "count_targets", None)
+        counted = getattr(unit, "count_targets", None)
         count: Callable[[Mapping[str, Any]], int]
         if callable(counted):
             count = lambda row: int(counted(collate([row])))

@@ -151,13 +151,15 @@ class GradientProjectionMemory(Projected):
     def projection(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> UpdateProjection:
         """See `Projected.projection`."""
         found = protected_parameters(model, self.kept)
-        of_b = {name: p for name, p in model.named_parameters() if name.endswith("lora_b") and found.get(p)}
-        for name, p in of_b.items():
-            now, then = found[p], self._loaded.get(name)
-            if now is not None and then is not None and _same_span(then.to(now.basis), now.basis):
-                found[p] = Directions(then.to(now.basis))  # a run that goes on: to the bit what it kept to
+        of_b: dict[str, Tensor] = {}
+        for name, p in model.named_parameters():
+            now = found.get(p) if name.endswith("lora_b") else None
+            if now is not None:
+                then = self._loaded.get(name, now.basis).to(now.basis)
+                of_b[name] = then if _same_span(then, now.basis) else now.basis  # a run that goes on: to the bit
+                found[p] = Directions(of_b[name])
         hooks = UpdateProjection(optimizer, found)
-        self._of_b, self._loaded = {n: d.basis for n, p in of_b.items() if (d := found[p]) is not None}, {}
+        self._of_b, self._loaded = of_b, {}
         return hooks
 
     def detach(self) -> None:
