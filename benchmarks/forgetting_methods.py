@@ -13,21 +13,11 @@ from forgetting_data import MASKED, Rows, Stage
 from torch import Tensor, nn
 
 from llmtune.adapters import LoRA, attach
-from llmtune.data import MixedBatches, ReplayBuffer, collate_padded
-from llmtune.forgetting import (
-    SLAO,
-    AveragedGEM,
-    DERLoss,
-    OrthogonalLoRA,
-    inflora_start,
-    input_basis,
-    with_teacher,
-)
+from llmtune.data import MixedBatches, ReplayBuffer
+from llmtune.forgetting import SLAO
 from llmtune.losses import classification_loss, kl_divergence
-from llmtune.training import Replay, Task, TaskMethod, TaskRun
-from llmtune.training.sequence_adapters import adapter_name
+from llmtune.training import Task, TaskMethod, TaskRun
 from llmtune.types import Batch
-from llmtune.weights import interpolate
 
 EXAMPLES = 100  # of a task, for what is estimated from its data
 HEAD = ("classifier",)
@@ -97,58 +87,24 @@ class HeadsLoss:
         return classification_loss.count_targets(batch)
 
 
-class Rehearsal(Replay):
-    """Replay; with own classes in the loss of new rows alone, as in ER-ACE (Caccia et al. 2022)."""
+class Kept(ReplayBuffer):
+    """A share of all training rows, parted by task; where the task is not known, to be told from all classes.
 
-    def __init__(
-        self, stages: Sequence[Stage], knobs: Mapping[str, Any], mix: Callable[..., Any] | None = None
-    ) -> None:
+    With own classes in the loss of new rows alone, replay is as in ER-ACE (Caccia et al. 2022).
+    """
+
+    def __init__(self, stages: Sequence[Stage], share: float) -> None:
+        super().__init__(round(share * sum(len(stage.train) for stage in stages)), per_task=True)
         self.stages = stages
-        capacity = round(knobs["share"] * sum(len(stage.train) for stage in stages))
-        super().__init__(ReplayBuffer(capacity, per_task=True), mix or partial(MixedBatches, ratio=knobs["ratio"]))
 
-    def after_task(self, run: TaskRun) -> None:
-        """Keep some rows."""
-        self.buffer.add(kept(self.stages, run.task.train), task=run.task.name)
+    def add(self, rows: Rows, **more: Any) -> None:
+        """Show rows to the buffer."""
+        super().add(kept(self.stages, rows), **more)
 
 
-class DarkReplay(Rehearsal):
-    """DER++: replayed rows are held to the logits they had when they came."""
-
-    def __init__(self, stages: Sequence[Stage], knobs: Mapping[str, Any]) -> None:
-        super().__init__(stages, knobs)
-        self.loss = DERLoss(classification_loss, alpha=knobs["alpha"], beta=knobs["beta"])
-
-    def before_task(self, run: TaskRun) -> None:
-        """Mix in the rows, and learn by both."""
-        super().before_task(run)
-        if run.index:
-            run.loss = self.loss
-
-    def after_task(self, run: TaskRun) -> None:
-        """Keep rows with the model's logits."""
-        rows = kept(self.stages, run.task.train)
-        self.buffer.add(rows, task=run.task.name, prepare=lambda some: with_teacher(some, run.model))
-
-
-class AGEM(Rehearsal):
-    """A-GEM, on the optimizer's update or on the gradient: no step may go against the buffer's rows."""
-
-    def __init__(self, stages: Sequence[Stage], knobs: Mapping[str, Any], space: str) -> None:
-        super().__init__(stages, knobs, lambda new, old: new)
-        self.space = space
-
-    def before_task(self, run: TaskRun) -> None:
-        """Add the projection."""
-        if run.index:
-            rows = self.buffer.rows()
-
-            def memory(step: int) -> list[Batch]:
-                draw = torch.Generator().manual_seed(step)
-                places = torch.randperm(len(rows), generator=draw)[:16].tolist()
-                return [collate_padded([rows[place] for place in places])]
-
-            run.callbacks.append(AveragedGEM(memory, space=self.space))
+def mixed(knobs: Mapping[str, Any]) -> Callable[[Any, Any], MixedBatches]:
+    """Return what mixes replayed rows in."""
+    return partial(MixedBatches, ratio=knobs["ratio"])
 
 
 class OneAdapter(TaskMethod):
@@ -193,63 +149,6 @@ class OneAdapter(TaskMethod):
         for name, parameter in model.named_parameters():
             if name.startswith(HEAD):
                 parameter.requires_grad_(True)
-
-
-class Orthogonal(TaskMethod):
-    """O-LoRA's penalty, behind `AdapterPerTask`."""
-
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
-
-    def before_task(self, run: TaskRun) -> None:
-        """Add the penalty."""
-        if run.index:
-            run.penalties.append(OrthogonalLoRA(self.strength))
-
-
-class InfLoRA(TaskMethod):
-    """InfLoRA's start and its memory of inputs, behind `AdapterPerTask`."""
-
-    def __init__(self, energy: float) -> None:
-        self.energy, self.protected, self.places = energy, {}, []
-
-    def before_task(self, run: TaskRun) -> None:
-        """Set A."""
-        name = adapter_name(run.task.name)
-        report = inflora_start(run.model, name, run.batches(EXAMPLES), protected=self.protected or None)
-        self.places = list(report.rows)
-
-    def after_task(self, run: TaskRun) -> None:
-        """Protect the task's inputs."""
-        batches = run.batches(EXAMPLES)
-        self.protected = input_basis(run.model, batches, energy=self.energy, modules=self.places, extend=self.protected)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the bases."""
-        return {"protected": self.protected}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
-        self.protected = dict(state["protected"])
-
-
-class Between(TaskMethod):
-    """WiSE-FT after every task but the first: the encoder goes only `alpha` of the way."""
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha, self.before = alpha, {}
-
-    def before_task(self, run: TaskRun) -> None:
-        """Keep the weights."""
-        self.before = {name: value.clone() for name, value in run.model.state_dict().items()}
-
-    def after_task(self, run: TaskRun) -> None:
-        """Go back some of the way; the head, whose rows are the task's own, stays."""
-        if run.index:
-            state = run.model.state_dict()
-            body = {name for name in state if not name.startswith(HEAD)}
-            between = interpolate({n: self.before[n] for n in body}, {n: state[n] for n in body}, self.alpha)
-            run.model.load_state_dict({**state, **between})
 
 
 class HeadOnly(TaskMethod):

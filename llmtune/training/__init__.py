@@ -21,8 +21,10 @@ from llmtune.training.profile import Profile
 from llmtune.training.randomness import fixed_randomness
 from llmtune.training.samples import GenerateSamples
 from llmtune.training.sequence import SequenceHistory, TaskSequence
-from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier
-from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, OwnClasses, Replay
+from llmtune.training.sequence_adapters import AdapterPerTask, InfLoRAPerTask, OrthogonalLoRAPerTask
+from llmtune.training.sequence_distill import DistillFromCopy, DistillFromEarlier
+from llmtune.training.sequence_methods import EWCPerTask, InterpolatePerTask, L2SPToLast, OverTasks, OwnClasses
+from llmtune.training.sequence_replay import AveragedGEMPerTask, DarkReplay, Replay
 from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
 from llmtune.training.settings import LoopSettings
 from llmtune.training.sharding import shard
@@ -36,8 +38,11 @@ __all__ = [
     "LISA",
     "AdapterPerTask",
     "AverageWeights",
+    "AveragedGEMPerTask",
     "CheckpointWriter",
     "CsvLog",
+    "DarkReplay",
+    "DistillFromCopy",
     "DistillFromEarlier",
     "EWCPerTask",
     "EarlyStopping",
@@ -47,12 +52,15 @@ __all__ = [
     "HeadFromStatistics",
     "HeadPerTask",
     "History",
+    "InfLoRAPerTask",
+    "InterpolatePerTask",
     "KeepBest",
     "L2SPToLast",
     "LinearProbeFirst",
     "LogTo",
     "LoopSettings",
     "NotebookView",
+    "OrthogonalLoRAPerTask",
     "OverTasks",
     "OwnClasses",
     "PartTrains",

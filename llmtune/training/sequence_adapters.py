@@ -1,63 +1,28 @@
-"""Adapters over a sequence of tasks: a new one for each, and the model of before as the teacher."""
+"""Adapters over a sequence of tasks: a new one for each, and what holds it apart from the earlier ones."""
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from llmtune.adapters.attach import active, adapter_names, adapter_parameters, set_active
+from llmtune.adapters.attach import active, adapter_names, set_active
 from llmtune.adapters.layer import bare_named_parameters, named_places
 from llmtune.adapters.merge import merge
 from llmtune.adapters.record import AdapterConfig
 from llmtune.adapters.stack import AdapterStack
 from llmtune.adapters.targets import names as is_named
 from llmtune.errors import did_you_mean
-from llmtune.forgetting.distillation import DistillToBase
+from llmtune.forgetting.inflora import inflora_start
+from llmtune.forgetting.orthogonal import check_extent, input_basis
+from llmtune.forgetting.orthogonal_lora import OrthogonalLoRA
 from llmtune.modules import unwrap
+from llmtune.training.part_trains import check_whole
 from llmtune.training.sequence_task import Task, TaskMethod, TaskRun
-
-
-class DistillFromEarlier(TaskMethod):
-    """Learning without forgetting: predictions may move no further than they must from those of the earlier model.
-
-    The earlier model is this one with only those adapters left on that are not being trained: with an adapter a task
-    (`AdapterPerTask`, which stands before this method) the model before the task; with one adapter for all of them, or
-    with `alone`, the base. Needs adapters, and all that is trained must be in them: a head in their `train_modules`.
-    See `DistillToBase`.
-
-    Args:
-        strength: 0 or more.
-        temperature: larger than 0.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-
-    def __init__(self, strength: float, *, temperature: float = 1.0) -> None:
-        DistillToBase(strength=strength, temperature=temperature)  # checks them
-        self.strength, self.temperature = float(strength), float(temperature)
-
-    def before_task(self, run: TaskRun) -> None:
-        """Put the distillation around the loss.
-
-        Raises:
-            ValueError: something beside the adapters is trained, which the teacher would have as well.
-        """
-        stack = AdapterStack(unwrap(run.model))
-        own = {id(p) for name in stack.trained for p in adapter_parameters(stack.model, name).values()}
-        for name, parameter in stack.model.named_parameters():
-            if stack.names and parameter.requires_grad and id(parameter) not in own:
-                raise ValueError(
-                    f"{name} is trained beside the adapters, so that the earlier model would change with it: name its "
-                    "module in the adapter's train_modules, where each task has a copy"
-                )
-        teacher = tuple(name for name in stack.active if name not in stack.trained)
-        run.loss = DistillToBase(run.loss, strength=self.strength, temperature=self.temperature, teacher=teacher)
 
 
 class AdapterPerTask(TaskMethod):
@@ -142,6 +107,85 @@ class AdapterPerTask(TaskMethod):
         """Attach the finished tasks' adapters, but for those that were merged."""
         for task in () if self.merge else finished:
             AdapterStack(unwrap(model)).start(self.config, adapter_name(task.name))
+
+
+class OrthogonalLoRAPerTask(TaskMethod):
+    """O-LoRA: each task's new LoRA is held orthogonal to those of the earlier tasks; after `AdapterPerTask`.
+
+    Args:
+        strength: 0 or more.
+        form: "normalised", "paper" or "code", as in `OrthogonalLoRA`.
+
+    Raises:
+        ValueError: the strength or the form is out of range.
+
+    Example:
+        >>> from llmtune.adapters import LoRA
+        >>> methods = [AdapterPerTask(LoRA(rank=8, alpha=16)), OrthogonalLoRAPerTask(0.5)]
+
+    Reference:
+        Wang et al. 2023, "Orthogonal subspace learning for language model continual learning".
+    """
+
+    def __init__(self, strength: float, *, form: str = "normalised") -> None:
+        self.penalty = OrthogonalLoRA(strength, form=form)
+
+    def before_task(self, run: TaskRun) -> None:
+        """Add the penalty, from the second task on."""
+        if run.index:
+            run.penalties.append(self.penalty)
+
+
+class InfLoRAPerTask(TaskMethod):
+    """InfLoRA: each task's A is designed from its inputs, outside of what earlier tasks' inputs span, and frozen.
+
+    It stands after `AdapterPerTask`. B alone is trained, and what lies between tasks is a basis a module.
+
+    Args:
+        energy: which share of a task's inputs is protected when it has ended, above 0 to 1, as in `input_basis`.
+        examples: of how many of a task's rows the inputs are taken, drawn at random; None for all.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    Example:
+        >>> from llmtune.adapters import LoRA
+        >>> methods = [AdapterPerTask(LoRA(rank=8, alpha=16)), InfLoRAPerTask(energy=0.95)]
+
+    Reference:
+        Liang and Li 2024, "InfLoRA: interference-free low-rank adaptation for continual learning".
+    """
+
+    def __init__(self, energy: float = 0.95, *, examples: int | None = 100) -> None:
+        if examples is not None:
+            check_whole("examples", examples)
+        self.energy, self.examples = check_extent(energy, None), examples
+        self.protected: dict[str, Tensor] = {}
+        self._places: list[str] = []
+
+    def before_task(self, run: TaskRun) -> None:
+        """Set the new adapter's A.
+
+        Raises:
+            ValueError: as `inflora_start`; there is no adapter for the task.
+        """
+        batches = run.batches(self.examples)
+        report = inflora_start(run.model, adapter_name(run.task.name), batches, protected=self.protected or None)
+        self._places = list(report.rows)
+
+    def after_task(self, run: TaskRun) -> None:
+        """Protect the task's inputs too."""
+        self.protected = input_basis(
+            run.model, run.batches(self.examples), energy=self.energy, modules=self._places, extend=self.protected
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the protected bases."""
+        return {"protected": self.protected}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.protected = dict(state["protected"])
 
 
 def adapter_name(task: str) -> str:

@@ -1,4 +1,4 @@
-"""Methods against forgetting for a sequence of tasks, each a few lines around a part that works alone."""
+"""Penalties, losses and weights over a sequence of tasks, each a few lines around a part that works alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from llmtune.adapters.anchor import check_strength
+from llmtune.adapters.attach import adapter_names
 from llmtune.adapters.effective import anchor_of, choose_parameters
 from llmtune.forgetting.ewc import EWC
 from llmtune.forgetting.fisher import check_kind, diagonal_fisher
 from llmtune.forgetting.importance import check_storage
 from llmtune.losses.classification import classification_loss
 from llmtune.losses.own_classes import OwnClassesLoss
+from llmtune.modules import unwrap
 from llmtune.regularizers.l2sp import L2SP
 from llmtune.training.part_trains import check_whole
-from llmtune.training.sequence_task import TaskMethod, TaskRun
+from llmtune.training.sequence_task import TaskMethod, TaskRun, labels_of
 from llmtune.types import Callback
+from llmtune.weights.interpolation import interpolate
 
 
 class EWCPerTask(TaskMethod):
@@ -113,6 +116,66 @@ class L2SPToLast(TaskMethod):
             run.penalties.append(L2SP(run.model, self.strength, new=self.new))
 
 
+class InterpolatePerTask(TaskMethod):
+    """After each task but the first the weights go back some of the way to where the task began: WiSE-FT, each time.
+
+    theta = before + alpha (after - before)
+
+    It is of what the task has trained, and of parameters alone: running statistics stay those of the task's end. A copy
+    of what goes back is held while a task runs. A method that learns from the task's end (a Fisher information) stands
+    after this one, to see the weights that are left.
+
+    Args:
+        alpha: 0 (the task leaves no trace) to 1 (all of it stays).
+        parameters: bare names, or a function of one, that says what goes back; left out, all that the task trains. A
+            head whose rows are the task's own is best left out: `lambda name: "classifier" not in name`.
+
+    Raises:
+        ValueError: alpha is out of range; before a task, the model has adapters, of whose A and B the line between two
+            states is no line of their products.
+
+    Example:
+        >>> method = InterpolatePerTask(0.7, parameters=lambda name: "classifier" not in name)
+
+    Reference:
+        Wortsman et al. 2022, "Robust fine-tuning of zero-shot models"; see `interpolate`.
+    """
+
+    def __init__(self, alpha: float, *, parameters: Collection[str] | Callable[[str], bool] | None = None) -> None:
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be a number from 0 to 1, the share of the task's way; got {alpha!r}")
+        self.alpha, self.parameters = float(alpha), parameters
+        self._before: dict[str, Tensor] = {}
+
+    def before_task(self, run: TaskRun) -> None:
+        """Keep where the task begins.
+
+        Raises:
+            ValueError: the model has adapters.
+        """
+        if there := adapter_names(unwrap(run.model)):
+            raise ValueError(
+                f"InterpolatePerTask goes back with plain weights, and the model has the adapters {', '.join(there)}: "
+                "scale an adapter (interpolated) after training, or merge it first"
+            )
+        chosen = choose_parameters(run.model, self.parameters) if run.index else {}
+        self._before = {name: entry.parameter.detach().clone() for name, entry in chosen.items()}
+
+    @torch.no_grad()
+    def after_task(self, run: TaskRun) -> None:
+        """Go back.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        if not self._before:
+            return
+        now = {name: entry.parameter for name, entry in choose_parameters(run.model, list(self._before)).items()}
+        for name, value in interpolate(self._before, {n: p.detach() for n, p in now.items()}, self.alpha).items():
+            now[name].copy_(value)
+        self._before = {}
+
+
 class OwnClasses(TaskMethod):
     """Each task's rows are told apart among the task's own classes: `OwnClassesLoss`, of the labels of its rows.
 
@@ -134,18 +197,13 @@ class OwnClasses(TaskMethod):
                 "would be lost: give the sequence loss=classification_loss, and put OwnClasses before the methods that "
                 "put something around the loss"
             )
-        labels: set[int] = set()
-        for place in range(len(run.task.train)):
-            row = run.task.train[place]
-            if "labels" not in row:
-                raise ValueError(f'row {place} of task "{run.task.name}" has no "labels"; it has {sorted(row)}')
-            labels.update(torch.as_tensor(row["labels"]).flatten().tolist())
-        if len(labels - {-100}) < 2:
+        labels = labels_of(run.task)
+        if len(labels) < 2:
             raise ValueError(
                 f'OwnClasses tells two or more classes apart, and the rows of task "{run.task.name}" are of '
-                f"{sorted(labels - {-100})}: leave the method out, or give a task more classes"
+                f"{list(labels)}: leave the method out, or give a task more classes"
             )
-        run.loss = OwnClassesLoss(tuple(sorted(labels - {-100})))
+        run.loss = OwnClassesLoss(labels)
 
 
 class OverTasks(TaskMethod):
@@ -204,52 +262,3 @@ class OverTasks(TaskMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give it back."""
         self.part.load_state_dict(state)
-
-
-class Replay(TaskMethod):
-    """Rows of earlier tasks, kept in a buffer, are mixed into each task but the first.
-
-    Args:
-        buffer: with a length, `add(rows)`, `state_dict` and `load_state_dict`. One whose `per_task` is true is told the
-            task: `add(rows, task=name)`.
-        mix: called with the task's rows and the buffer, returns the rows to train on.
-
-    Raises:
-        TypeError: the buffer lacks one of these.
-
-    Example:
-        >>> class First(list):  # keeps the first row of each task
-        ...     def add(self, rows):
-        ...         self.append(rows[0])
-        ...     def state_dict(self):
-        ...         return {"rows": list(self)}
-        ...     def load_state_dict(self, state):
-        ...         self[:] = state["rows"]
-        >>> method = Replay(First(), lambda new, old: [*new, *old])
-    """
-
-    def __init__(self, buffer: Any, mix: Callable[[Any, Any], Any]) -> None:
-        for name in ("__len__", "add", "state_dict", "load_state_dict"):
-            if not callable(getattr(buffer, name, None)):
-                raise TypeError(
-                    f"a buffer with a length, add, state_dict and load_state_dict is expected; got {buffer!r}"
-                )
-        self.buffer, self.mix = buffer, mix
-
-    def before_task(self, run: TaskRun) -> None:
-        """Mix the buffer's rows into the task's."""
-        if len(self.buffer):
-            run.train_data = self.mix(run.train_data, self.buffer)
-
-    def after_task(self, run: TaskRun) -> None:
-        """Show the task's own rows to the buffer."""
-        named = {"task": run.task.name} if getattr(self.buffer, "per_task", False) else {}
-        self.buffer.add(run.task.train, **named)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the buffer's state."""
-        return dict(self.buffer.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Give it back."""
-        self.buffer.load_state_dict(state)

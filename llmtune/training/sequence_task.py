@@ -184,3 +184,24 @@ class TaskMethod:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave, dropping what was there; tensors come on the CPU."""
+
+
+def labels_of(task: Task) -> tuple[int, ...]:
+    """Return the classes that a task's training rows have as labels, -100 left out, in order.
+
+    Raises:
+        ValueError: a row has no labels.
+        TypeError: a row's labels are no integers.
+    """
+    found: set[int] = set()
+    for place in range(len(task.train)):
+        row = task.train[place]
+        if "labels" not in row:
+            raise ValueError(f'row {place} of task "{task.name}" has no "labels"; it has {sorted(row)}')
+        labels = torch.as_tensor(row["labels"])
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(
+                f'classes are whole numbers; the labels of row {place} of task "{task.name}" are {labels.dtype}'
+            )
+        found.update(labels.flatten().tolist())
+    return tuple(sorted(found - {-100}))

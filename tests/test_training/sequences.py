@@ -14,15 +14,16 @@ from llmtune.forgetting import (
     SLAO,
     GradientProjectionMemory,
     OnlineEWC,
-    OrthogonalLoRA,
     SynapticIntelligence,
     project_lora_a,
 )
 from llmtune.losses.classification import classification_loss
 from llmtune.testing.models import VOCABULARY, tiny_bert, tiny_gpt2
 from llmtune.training.sequence import TaskSequence
-from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier
-from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, Replay
+from llmtune.training.sequence_adapters import AdapterPerTask, InfLoRAPerTask, OrthogonalLoRAPerTask
+from llmtune.training.sequence_distill import DistillFromCopy, DistillFromEarlier
+from llmtune.training.sequence_methods import EWCPerTask, InterpolatePerTask, L2SPToLast, OverTasks
+from llmtune.training.sequence_replay import AveragedGEMPerTask, DarkReplay, Replay
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.settings import LoopSettings
 from llmtune.training.statistics_head import HeadFromStatistics
@@ -151,11 +152,6 @@ class StartsApart(TaskMethod):
             project_lora_a(run.model, self.memory.kept)
 
 
-class HoldsApart(TaskMethod):
-    def before_task(self, run):
-        run.penalties.append(OrthogonalLoRA(0.5))
-
-
 def make_run(folder, *, kind="full", death=()):
     """A sequence of three tasks with state of every kind."""
     tasks, more = language_tasks(), {}
@@ -176,13 +172,21 @@ def make_run(folder, *, kind="full", death=()):
         attach(model, LoRA(rank=3, alpha=6, targets=["c_attn"]))
         one = OverTasks(SLAO(model), lambda part, run: part.finish_task(), start=lambda part, run: part.start_task())
         methods = [one, KeepsRows(death), *learning(), replay()]
+    elif kind == "rows":  # all weights, predictions kept with rows, a teacher, and half of the way back
+        model = tiny_gpt2(dropout=0.1)
+        dark = DarkReplay(ReplayBuffer(5), lambda new, old: MixedBatches(new, old, 0.3), alpha=0.5, beta=1.0, k=4)
+        methods = [KeepsRows(death, mixed=False), dark, DistillFromCopy(0.5), InterpolatePerTask(0.5)]
+    elif kind == "designed":  # a LoRA a task outside of what earlier ones read, and no step against stored rows
+        model = tiny_gpt2(dropout=0.1)
+        methods = [AdapterPerTask(LoRA(rank=3, alpha=6, targets=["c_attn"])), KeepsRows(death)]
+        methods += [InfLoRAPerTask(0.7, examples=4), AveragedGEMPerTask(ReplayBuffer(4, per_task=True), rows=2)]
     elif kind == "many":  # all that can stand together over a LoRA a task
         model, memory = (
             tiny_gpt2(dropout=0.1),
             GradientProjectionMemory(energy=0.7, modules=["transformer.h.0.attn.c_attn"]),
         )
         methods = [AdapterPerTask(LoRA(rank=3, alpha=6, targets=["c_attn"])), StartsApart(memory), KeepsRows(death)]
-        methods += [*learning(), replay(per_task=True), DistillFromEarlier(0.5), HoldsApart()]
+        methods += [*learning(), replay(per_task=True), DistillFromEarlier(0.5), OrthogonalLoRAPerTask(0.5)]
         methods += [OverTasks(memory, lambda part, run: part.finish_task(run.model, run.batches(4)))]
     else:  # a LoRA a task, one upon the other, each alone, or merged one after the other
         model = tiny_gpt2(dropout=0.1)

@@ -221,7 +221,7 @@ def test_own_classes_refuse_what_they_cannot_tell_apart_or_would_lose():
     for some, error, words in (
         (single, ValueError, r'task "one" are of \[3\]'),
         (bare, ValueError, r'row 0 of task "bare" has no "labels"'),
-        (floats, TypeError, "whole ones"),
+        (floats, TypeError, r"classes are whole numbers; the labels of row 0 of task \"floats\" are torch.float32"),
     ):
         with pytest.raises(error, match=words):
             run(classifier(labels=5), OwnClasses(), some=some, score=None)

@@ -39,7 +39,7 @@ def test_a_kill_inside_a_later_task_changes_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora", "stack", "alone", "merge", "slao", "many"])
+@pytest.mark.parametrize("kind", ["full", "lora", "stack", "alone", "merge", "slao", "many", "rows", "designed"])
 def test_a_kill_at_any_stage_changes_nothing(tmp_path, kind):
     ends_as_alone(tmp_path, kind, STAGES)
 

@@ -21,8 +21,10 @@ from llmtune.losses.classification import classification_loss
 from llmtune.losses.sequence_to_sequence import sequence_to_sequence_loss
 from llmtune.testing.models import tiny_gpt2, tiny_llama, tiny_t5
 from llmtune.training.sequence import TaskSequence
-from llmtune.training.sequence_adapters import AdapterPerTask, DistillFromEarlier, adapter_name
-from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks, Replay
+from llmtune.training.sequence_adapters import AdapterPerTask, adapter_name
+from llmtune.training.sequence_distill import DistillFromEarlier
+from llmtune.training.sequence_methods import EWCPerTask, L2SPToLast, OverTasks
+from llmtune.training.sequence_replay import Replay
 from llmtune.training.sequence_task import Task, TaskMethod
 from llmtune.training.task_heads import HeadPerTask, TaskHeads
 from llmtune.types import Callback

@@ -15,8 +15,10 @@ from llmtune.data.replay import ReplayBuffer
 from llmtune.forgetting.projected import GradientProjectionMemory
 from llmtune.testing.models import tiny_llama
 from llmtune.training.sequence import TaskSequence
-from llmtune.training.sequence_adapters import AdapterPerTask
-from llmtune.training.sequence_methods import EWCPerTask, OverTasks, Replay
+from llmtune.training.sequence_adapters import AdapterPerTask, InfLoRAPerTask
+from llmtune.training.sequence_distill import DistillFromCopy
+from llmtune.training.sequence_methods import EWCPerTask, InterpolatePerTask, OverTasks
+from llmtune.training.sequence_replay import AveragedGEMPerTask, DarkReplay, Replay
 from llmtune.training.sequence_task import TaskMethod
 
 pytestmark = pytest.mark.slow
@@ -36,6 +38,13 @@ class Cut(TaskMethod):
 METHODS = {
     "EWC": lambda: [EWCPerTask(1e3, kind="empirical")],
     "replay": lambda: [Replay(ReplayBuffer(4), functools.partial(MixedBatches, ratio=0.3))],
+    "dark replay": lambda: [  # with labels: at its own predictions a row's gradient is rounding, which Adam makes large
+        DarkReplay(ReplayBuffer(4), functools.partial(MixedBatches, ratio=0.3), alpha=0.5, beta=1.0, k=5)
+    ],
+    "A-GEM": lambda: [AveragedGEMPerTask(ReplayBuffer(4), rows=2)],
+    "distillation": lambda: [DistillFromCopy(0.5)],
+    "half of the way back": lambda: [InterpolatePerTask(0.5)],
+    "InfLoRA": lambda: [AdapterPerTask(LoRA(rank=2, alpha=4, targets=["q_proj"])), InfLoRAPerTask(0.7)],
     "adapters": lambda: [AdapterPerTask(LoRA(rank=2, alpha=4, targets=["q_proj"]))],
     "GPM": lambda: [
         OverTasks(GradientProjectionMemory(energy=0.9), lambda part, run: part.finish_task(run.model, run.batches()))
