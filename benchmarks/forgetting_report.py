@@ -21,6 +21,7 @@ PLOTTED = (
     "SeqLoRA",
     "IncLoRA",
     "O-LoRA",
+    "a LoRA a task",
     "first task, then statistics",
 )
 Runs = Mapping[str, Mapping[tuple[int, int], Mapping[str, Any]]]  # method: (order, seed): the run's numbers
@@ -79,9 +80,10 @@ def plot(runs: Runs, path: Path) -> None:
 
 def write(folder: Path, streams: Sequence[str]) -> None:
     """Print all tables as Markdown and draw the plots into the docs."""
-    claims = (("replay", "LwF"), ("LwF", "EWC"), ("EWC", SEQUENTIAL), ("EWC", "own classes"),
+    claims = (("replay", "LwF"), ("LwF", "EWC"), ("replay", "EWC"), ("LwF", SEQUENTIAL),
+              ("EWC", SEQUENTIAL), ("EWC", "own classes"),
               ("IncLoRA", "SeqLoRA"), ("O-LoRA", "IncLoRA"),
-              ("A-GEM, update", "A-GEM, gradient"))  # fmt: skip
+              ("a LoRA a task", JOINT), ("A-GEM, update", "A-GEM, gradient"))  # fmt: skip
     for stream in streams:
         if runs := read(folder, stream):
             print(f"\n{stream}\n\n{table(runs)}\n\n{orderings(runs, claims)}")

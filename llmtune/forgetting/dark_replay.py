@@ -95,7 +95,7 @@ class DERLoss:
         if not isinstance(self.loss, CausalLMLoss | MaskedLMLoss | SequenceToSequenceLoss | ClassificationLoss):
             raise TypeError(
                 "the loss must be causal_lm_loss, masked_lm_loss, sequence_to_sequence_loss or classification_loss, "
-                f"also with other options; got {self.loss!r}"
+                f"also with other options; got {self.loss!r:.80}"
             )
         check_factor("alpha", self.alpha)
         check_factor("beta", self.beta)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.adapters.attach import active, adapter_names
+from llmtune.data.teacher_fields import TEACHER_FIELDS
 from llmtune.forgetting.likelihood import with_decoder_inputs
 from llmtune.forgetting.student import (
     Student,
@@ -91,6 +92,7 @@ class Distillation(ABC):
     ) -> tuple[Tensor, Head | None]:
         """Return the teacher's rows at the places with a target: [m, E] before its head, or [m, C] logits."""
         mask = target_mask(inner, labels)
+        batch = {name: value for name, value in batch.items() if name not in TEACHER_FIELDS}  # of replayed rows
         with self._as_teacher(inner):
             if not is_language_model(inner, labels):
                 return class_logits(teacher(**model_inputs(teacher, batch)), labels)[mask], None

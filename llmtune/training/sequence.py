@@ -161,6 +161,7 @@ class TaskSequence:
 
     def _train(self, index: int) -> None:
         """Train one task, let the methods take from it, score all, and save."""
+        self.run_now = None  # what the last task held, a teacher, goes before the next is made
         run = self.run_now = self._arranged(index)
         loop = run.loop_of(run.task.evaluation if run.settings.eval_every else None) if run.train else None
         steps = [] if loop is None else loop.fit(resume=run.settings.folder is not None)
@@ -280,6 +281,9 @@ def _check(tasks: Sequence[Any], methods: Sequence[Any], settings: LoopSettings,
     names = [task.name for task in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f'two tasks are called "{twice[0]}": give each a name of its own')
+    buffers = [id(method.buffer) for method in methods if getattr(method, "buffer", None) is not None]
+    if len(set(buffers)) < len(buffers):
+        raise ValueError("two methods keep rows in one buffer, which would be shown each row twice: give each its own")
     for method in methods:
         lacking = [hook for hook in HOOKS if not callable(getattr(method, hook, None))]
         if lacking or isinstance(method, type):

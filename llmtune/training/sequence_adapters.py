@@ -112,12 +112,15 @@ class AdapterPerTask(TaskMethod):
 class OrthogonalLoRAPerTask(TaskMethod):
     """O-LoRA: each task's new LoRA is held orthogonal to those of the earlier tasks; after `AdapterPerTask`.
 
+    The earlier ones must be there: not with `merge=True`, under which their A are gone.
+
     Args:
         strength: 0 or more.
         form: "normalised", "paper" or "code", as in `OrthogonalLoRA`.
 
     Raises:
-        ValueError: the strength or the form is out of range.
+        ValueError: the strength or the form is out of range; before a task, it has no adapter of its own, or an
+            earlier task's is gone.
 
     Example:
         >>> from llmtune.adapters import LoRA
@@ -131,7 +134,17 @@ class OrthogonalLoRAPerTask(TaskMethod):
         self.penalty = OrthogonalLoRA(strength, form=form)
 
     def before_task(self, run: TaskRun) -> None:
-        """Add the penalty, from the second task on."""
+        """Add the penalty, from the second task on.
+
+        Raises:
+            ValueError: the task has no adapter, or an earlier one has none.
+        """
+        there = _check_adapter(run, "OrthogonalLoRAPerTask")
+        if lacking := [task for task in run.tasks[: run.index] if adapter_name(task) not in there]:
+            raise ValueError(
+                f'the adapter of the earlier task "{lacking[0]}" is gone, so nothing would be held apart from it: '
+                "OrthogonalLoRAPerTask needs AdapterPerTask without merge=True"
+            )
         if run.index:
             run.penalties.append(self.penalty)
 
@@ -139,7 +152,7 @@ class OrthogonalLoRAPerTask(TaskMethod):
 class InfLoRAPerTask(TaskMethod):
     """InfLoRA: each task's A is designed from its inputs, outside of what earlier tasks' inputs span, and frozen.
 
-    It stands after `AdapterPerTask`. B alone is trained, and what lies between tasks is a basis a module.
+    It stands after `AdapterPerTask`. Of the LoRA B alone is trained, and what lies between tasks is a basis a module.
 
     Args:
         energy: which share of a task's inputs is protected when it has ended, above 0 to 1, as in `input_basis`.
@@ -169,6 +182,7 @@ class InfLoRAPerTask(TaskMethod):
         Raises:
             ValueError: as `inflora_start`; there is no adapter for the task.
         """
+        _check_adapter(run, "InfLoRAPerTask")
         batches = run.batches(self.examples)
         report = inflora_start(run.model, adapter_name(run.task.name), batches, protected=self.protected or None)
         self._places = list(report.rows)
@@ -186,6 +200,17 @@ class InfLoRAPerTask(TaskMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take them back."""
         self.protected = dict(state["protected"])
+
+
+def _check_adapter(run: TaskRun, who: str) -> list[str]:
+    """Return the model's adapters; raise where the task has none of its own."""
+    there, own = adapter_names(unwrap(run.model)), adapter_name(run.task.name)
+    if own not in there:
+        raise ValueError(
+            f'task "{run.task.name}" needs an adapter "{own}" of its own, and the model has '
+            f"{', '.join(there) or 'none'}: put AdapterPerTask(LoRA(...)) before {who}"
+        )
+    return there
 
 
 def adapter_name(task: str) -> str:

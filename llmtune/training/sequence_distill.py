@@ -6,12 +6,16 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+
 from llmtune.adapters.attach import adapter_parameters
 from llmtune.adapters.stack import AdapterStack
 from llmtune.forgetting.distill_to_model import DistillToModel
 from llmtune.forgetting.distillation import DistillToBase
+from llmtune.forgetting.student import is_language_model
 from llmtune.modules import unwrap
 from llmtune.training.sequence_task import TaskMethod, TaskRun, labels_of
+from llmtune.training.task_heads import refuse_task_heads
 
 
 class DistillFromEarlier(TaskMethod):
@@ -55,8 +59,8 @@ class DistillFromEarlier(TaskMethod):
 class DistillFromCopy(TaskMethod):
     """Learning without forgetting: predictions may move no further than they must from those of a copy of the model.
 
-    The copy is made before each task but the first and held while the task runs. For full fine-tuning; under adapters
-    `DistillFromEarlier` needs no copy. See `DistillToModel`.
+    The copy is made before each task but the first and held until the next one is made. For full fine-tuning; under
+    adapters `DistillFromEarlier` needs no copy. It stands after what sets the loss or the rows. See `DistillToModel`.
 
     Args:
         strength: 0 or more.
@@ -66,7 +70,8 @@ class DistillFromCopy(TaskMethod):
             still to come is not held.
 
     Raises:
-        ValueError: a number is out of its range, or `classes` is neither.
+        ValueError: a number is out of its range, or `classes` is neither; before a task, the model has a head for each
+            task, or "earlier" is asked for of a language model or after rows of one class.
 
     Example:
         >>> method = DistillFromCopy(1.0, temperature=2.0, classes="earlier")
@@ -88,16 +93,29 @@ class DistillFromCopy(TaskMethod):
         """Put the distillation around the loss.
 
         Raises:
-            ValueError: with "earlier", a row of the task has no labels, or all earlier tasks' rows are of one class.
+            ValueError: the model has a head for each task; with "earlier", it is a language model, a row of the task
+                has no labels, or rows so far, the task's included, are of one class.
             TypeError: with "earlier", a row's labels are no integers.
         """
+        refuse_task_heads(run.model, "the teacher would answer through the new task's head")
         if self.classes == "earlier":
-            labels_of(run.task)  # before any work
+            self._check_classes(run)
         if run.index:
             run.loss = DistillToModel(
                 copy.deepcopy(unwrap(run.model)).requires_grad_(False), run.loss, strength=self.strength,
                 temperature=self.temperature, classes=self.seen if self.classes == "earlier" else None,
             )  # fmt: skip
+
+    def _check_classes(self, run: TaskRun) -> None:
+        there = {*self.seen, *labels_of(run.task)}
+        labels = torch.as_tensor(run.task.train[0]["labels"])
+        if labels.ndim and is_language_model(unwrap(run.model), labels[None]):
+            raise ValueError('classes="earlier" is for classifiers; of a language model all tokens are held: "all"')
+        if len(there) < 2:
+            raise ValueError(
+                f'classes="earlier" compares two or more, and up to task "{run.task.name}" rows have the labels '
+                f'{sorted(there)} alone: take classes="all"'
+            )
 
     def after_task(self, run: TaskRun) -> None:
         """Note the task's classes."""

@@ -126,13 +126,13 @@ class InterpolatePerTask(TaskMethod):
     after this one, to see the weights that are left.
 
     Args:
-        alpha: 0 (the task leaves no trace) to 1 (all of it stays).
+        alpha: 0 (the task leaves no trace in the weights) to 1 (all of it stays).
         parameters: bare names, or a function of one, that says what goes back; left out, all that the task trains. A
             head whose rows are the task's own is best left out: `lambda name: "classifier" not in name`.
 
     Raises:
-        ValueError: alpha is out of range; before a task, the model has adapters, of whose A and B the line between two
-            states is no line of their products.
+        ValueError: alpha is out of range; before a task, `parameters` chooses nothing, or the model has adapters: the
+            line between two states of A and B is none of their products.
 
     Example:
         >>> method = InterpolatePerTask(0.7, parameters=lambda name: "classifier" not in name)
@@ -151,15 +151,12 @@ class InterpolatePerTask(TaskMethod):
         """Keep where the task begins.
 
         Raises:
-            ValueError: the model has adapters.
+            ValueError: `parameters` chooses nothing, or a name is not the model's.
         """
-        if there := adapter_names(unwrap(run.model)):
-            raise ValueError(
-                f"InterpolatePerTask goes back with plain weights, and the model has the adapters {', '.join(there)}: "
-                "scale an adapter (interpolated) after training, or merge it first"
-            )
-        chosen = choose_parameters(run.model, self.parameters) if run.index else {}
-        self._before = {name: entry.parameter.detach().clone() for name, entry in chosen.items()}
+        idle = not run.train or not any(parameter.requires_grad for parameter in run.model.parameters())
+        chosen = {} if idle else choose_parameters(run.model, self.parameters)
+        self._before = {n: entry.parameter.detach().clone() for n, entry in chosen.items() if run.index}
+        run.callbacks.append(_RefusesAdapters())
 
     @torch.no_grad()
     def after_task(self, run: TaskRun) -> None:
@@ -174,6 +171,16 @@ class InterpolatePerTask(TaskMethod):
         for name, value in interpolate(self._before, {n: p.detach() for n, p in now.items()}, self.alpha).items():
             now[name].copy_(value)
         self._before = {}
+
+
+class _RefusesAdapters(Callback):
+    def on_fit_start(self, loop: Any) -> None:
+        """Raise before the first step, whichever method has attached them."""
+        if there := adapter_names(unwrap(loop.model)):
+            raise ValueError(
+                f"InterpolatePerTask goes back with plain weights, and the model has the adapters {', '.join(there)}: "
+                "leave it out, and scale an adapter by interpolated() after training"
+            )
 
 
 class OwnClasses(TaskMethod):

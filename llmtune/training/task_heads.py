@@ -101,6 +101,15 @@ class HeadPerTask(TaskMethod):
         return _using(_heads_of(model), task.name)
 
 
+def refuse_task_heads(model: nn.Module, what: str) -> None:
+    """Raise ValueError where a model has a head for each task, and what a method does would go through a wrong one."""
+    if any(isinstance(module, TaskHeads) for module in model.modules()):
+        raise ValueError(
+            f"{what}, and the model has TaskHeads, of which the task's own is in use: take a penalty or a projection "
+            "(EWCPerTask, GradientProjectionMemory), or one head over the classes of all tasks"
+        )
+
+
 @contextmanager
 def _using(found: list[TaskHeads], name: str) -> Iterator[None]:
     before = [heads.current for heads in found]

@@ -1,5 +1,7 @@
 """Methods of a sequence that keep rows, a copy or a basis: what each gives the tasks' loops, by hand."""
 
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -25,8 +27,10 @@ from llmtune.training.sequence import TaskSequence
 from llmtune.training.sequence_adapters import AdapterPerTask, InfLoRAPerTask, OrthogonalLoRAPerTask
 from llmtune.training.sequence_distill import DistillFromCopy
 from llmtune.training.sequence_methods import InterpolatePerTask
-from llmtune.training.sequence_replay import AveragedGEMPerTask, DarkReplay
+from llmtune.training.sequence_replay import AveragedGEMPerTask, DarkReplay, Replay
 from llmtune.training.sequence_task import Task, TaskMethod
+from llmtune.training.statistics_head import HeadFromStatistics
+from llmtune.training.task_heads import HeadPerTask, TaskHeads
 
 ADAPTER = LoRA(rank=3, alpha=6, targets=["q_proj"])
 MIXED = partial(MixedBatches, ratio=0.3)
@@ -64,7 +68,8 @@ class TestDarkReplay:
         seen = Looks(after=lambda run: weights(run.model))
         losses = Looks(before=lambda run: run.loss)
         classes(model, seen, DarkReplay(buffer, MIXED, alpha=0.5, beta=0.25), losses)
-        assert losses.starts == [classification_loss, DERLoss(classification_loss, alpha=0.5, beta=0.25)]
+        assert all(isinstance(loss, DERLoss) and loss.loss == classification_loss for loss in losses.starts)
+        assert [(loss.alpha, loss.beta) for loss in losses.starts] == [(0.5, 0.25)] * 2
         for task, then in zip(class_tasks(), seen.ends, strict=True):
             teacher = classifier(labels=5)
             teacher.load_state_dict(then)
@@ -91,18 +96,56 @@ class TestDarkReplay:
         assert ["distillation" in rows[0] for rows in history.loops] == [False, True, True]
         run(tiny_t5(), DarkReplay(ReplayBuffer(4), MIXED, alpha=0.5, k=5), loss=sequence_to_sequence_loss)
 
+    def test_the_first_task_and_evaluation_are_of_new_rows(self):
+        plain, dark = tiny_llama(), tiny_llama()
+        first = language_tasks()[:1]
+        run(plain, tasks=first)
+        run(dark, DarkReplay(ReplayBuffer(4), MIXED, alpha=0.5, k=5), tasks=first)
+        assert all(torch.equal(value, weights(dark)[name]) for name, value in weights(plain).items())
+        buffers = ReplayBuffer(6), ReplayBuffer(4)
+        methods = [DarkReplay(buffers[0], MIXED, alpha=0.5), AveragedGEMPerTask(buffers[1], rows=2)]
+        tasks = [Task(task.name, task.train, task.train) for task in class_tasks()]
+        history = run(
+            classifier(labels=5), *methods, tasks=tasks, loss=classification_loss, settings=settings(eval_every=1)
+        )
+        assert all(row["eval_loss"] > 0 for row in history.loops[1])
+
+    def test_with_a_copy_as_teacher(self):
+        """The teacher gets the rows as a model takes them."""
+        model, seen = classifier(labels=5), []
+        model.register_forward_pre_hook(lambda module, args, given: seen.append(set(given)), with_kwargs=True)
+        classes(model, DarkReplay(ReplayBuffer(6), MIXED, alpha=0.5), DistillFromCopy(0.5))
+        assert not any(name.startswith("teacher") for given in seen for name in given)
+
     def test_bad_input(self):
         with pytest.raises(ValueError, match="alpha must be a finite number, 0 or more; got -1"):
             DarkReplay(ReplayBuffer(4), MIXED, alpha=-1.0)
         with pytest.raises(ValueError, match="k must be a whole number of at least 1; got 0"):
             DarkReplay(ReplayBuffer(4), MIXED, alpha=1.0, k=0)
+        with pytest.raises(TypeError, match="a buffer is expected whose add takes prepare="):
+            DarkReplay(Bare(), MIXED, alpha=1.0)
+        with pytest.raises(TypeError, match="mix is called with the task's rows and the buffer; got None"):
+            DarkReplay(ReplayBuffer(4), None, alpha=1.0)
         model = tiny_llama()
         before = weights(model)
+        with pytest.raises(ValueError, match="keeps predictions of rows as collate_padded or collate_packed takes"):
+            run(model, DarkReplay(ReplayBuffer(4), MIXED, alpha=1.0, k=5), collate=lambda rows: collate_padded(rows))
         with pytest.raises(TypeError, match="the loss must be causal_lm_loss, masked_lm_loss"):
             run(model, DarkReplay(ReplayBuffer(4), MIXED, alpha=1.0), loss=OwnLoss())
         with pytest.raises(ValueError, match="k is needed for a language model"):
             run(model, DarkReplay(ReplayBuffer(4), MIXED, alpha=1.0))
         assert all(torch.equal(value, weights(model)[name]) for name, value in before.items())
+
+
+class Bare(list):
+    def add(self, rows):
+        self.extend(rows)
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 class OwnLoss:
@@ -136,6 +179,31 @@ class TestAveragedGEMPerTask:
         loop = TrainingLoop(again, data, settings=own, collate=collate_padded, callbacks=[AveragedGEM(drawn)])
         loop.fit()
         assert all(torch.equal(value, weights(model)[name]) for name, value in weights(again).items())
+
+    def test_rows_without_a_target_give_no_reference_and_memory_is_that_of_a_micro_batch(self):
+        tasks = class_tasks()
+        some = [{**row, "labels": -100} if n % 2 else row for n, row in enumerate(tasks[0].train)]
+        buffer, sizes = ReplayBuffer(13), []
+
+        def collate(rows):
+            sizes.append(len(rows))
+            return collate_padded(rows)
+
+        seen = Looks(before=lambda run: run.callbacks[:])
+        method = AveragedGEMPerTask(buffer, rows=5)
+        steps = settings(rows_per_step=4, rows_per_micro_batch=2)
+        given = {"loss": classification_loss, "settings": steps, "collate": collate}
+        run(classifier(labels=5), method, seen, tasks=[Task("a", some), tasks[1]], **given)
+        sizes.clear()
+        (gem,) = seen.starts[1]
+        assert all(int(label) != -100 for step in range(7) for batch in gem.memory(step) for label in batch["labels"])
+        assert sizes == [2, 2, 1] * 7
+        none = [Task("a", [{**row, "labels": -100} for row in tasks[0].train]), tasks[1]]
+        for task in none:
+            buffer = ReplayBuffer(4)
+            buffer.add(none[0].train)
+            with pytest.raises(ValueError, match="none of the 4 stored rows has a target"):
+                run(classifier(labels=5), AveragedGEMPerTask(buffer), tasks=[task], loss=classification_loss)
 
     def test_the_space_reaches_it(self):
         seen = Looks(before=lambda run: [callback.space for callback in run.callbacks])
@@ -177,9 +245,24 @@ class TestDistillFromCopy:
         other.load_state_dict(method.state_dict())
         assert other.seen == (0, 1, 3, 4)
 
+    def test_one_copy_at_a_time(self):
+        alive = []
+        seen = Looks(before=lambda run: run.index and alive.append(weakref.ref(run.loss.teacher)))
+        counted = Looks(before=lambda run: sum(one() is not None for one in alive))
+        run(tiny_llama(), DistillFromCopy(0.5), seen, counted)
+        gc.collect()
+        assert counted.starts == [0, 1, 1]
+
     def test_bad_input(self):
         with pytest.raises(ValueError, match="strength must be a finite number, 0 or more; got -1"):
             DistillFromCopy(-1.0)
+        with pytest.raises(ValueError, match=r'up to task "one" rows have the labels \[3\] alone'):
+            run(
+                classifier(), DistillFromCopy(1.0, classes="earlier"), loss=classification_loss,
+                tasks=[Task("one", class_rows_of((3,), seed=0))],
+            )  # fmt: skip
+        with pytest.raises(ValueError, match='classes="earlier" is for classifiers; of a language model'):
+            run(tiny_llama(), DistillFromCopy(1.0, classes="earlier"))
         with pytest.raises(ValueError, match='classes must be "all" or "earlier"; got 3'):
             DistillFromCopy(1.0, classes=3)
         bare = [Task("bare", [{"input_ids": [3, 5]}] * 4)]
@@ -216,8 +299,21 @@ class TestInterpolatePerTask:
         for alpha in (-0.1, 1.5, True, "0.5", float("nan")):
             with pytest.raises(ValueError, match="alpha must be a number from 0 to 1"):
                 InterpolatePerTask(alpha)
-        with pytest.raises(ValueError, match="goes back with plain weights, and the model has the adapters maths"):
-            run(tiny_llama(), AdapterPerTask(ADAPTER), InterpolatePerTask(0.5))
+        for merge in (False, True):
+            adapter, part = AdapterPerTask(ADAPTER, merge=merge), InterpolatePerTask(0.5, parameters=["lm_head.weight"])
+            for methods in ((adapter, part), (part, adapter)):
+                with pytest.raises(ValueError, match=r"goes back with plain weights, and .* the adapters maths"):
+                    run(tiny_llama(), *methods)
+        with pytest.raises(ValueError, match=r'no parameter "lm_hed\.weight"'):
+            run(tiny_llama(), InterpolatePerTask(0.5, parameters=["lm_hed.weight"]), tasks=language_tasks()[:1])
+
+    def test_where_nothing_is_trained_there_is_no_way_back(self):
+        for methods in ([HeadFromStatistics("classifier"), InterpolatePerTask(0.5)],
+                        [InterpolatePerTask(0.5), HeadFromStatistics("classifier")]):  # fmt: skip
+            model = classifier(labels=5)
+            body = weights(model)
+            classes(model, *methods)
+            assert all(torch.equal(v, body[n]) for n, v in weights(model).items() if not n.startswith("classifier"))
 
 
 def test_each_lora_is_held_orthogonal_to_the_earlier_ones():
@@ -226,6 +322,10 @@ def test_each_lora_is_held_orthogonal_to_the_earlier_ones():
     assert seen.starts == [[], [OrthogonalLoRA(0.5, form="paper")], [OrthogonalLoRA(0.5, form="paper")]]
     with pytest.raises(ValueError, match="form must be one of normalised, paper, code"):
         OrthogonalLoRAPerTask(0.5, form="plain")
+    with pytest.raises(ValueError, match=r'the adapter of the earlier task "maths" is gone.*without merge=True'):
+        run(tiny_llama(), AdapterPerTask(ADAPTER, merge=True), OrthogonalLoRAPerTask(0.5))
+    with pytest.raises(ValueError, match=r'"maths" of its own, and the model has none: put AdapterPerTask'):
+        run(tiny_llama(), OrthogonalLoRAPerTask(0.5))
 
 
 class TestInfLoRAPerTask:
@@ -251,5 +351,24 @@ class TestInfLoRAPerTask:
             InfLoRAPerTask(0)
         with pytest.raises(ValueError, match="examples must be a whole number of at least 1; got 0"):
             InfLoRAPerTask(examples=0)
-        with pytest.raises(ValueError, match="maths"):
+        with pytest.raises(ValueError, match=r'"maths" of its own, and the model has none: put AdapterPerTask'):
             run(tiny_llama(), InfLoRAPerTask())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Replay(ReplayBuffer(4), MIXED), lambda: DarkReplay(ReplayBuffer(4), MIXED, alpha=1.0),
+     lambda: AveragedGEMPerTask(ReplayBuffer(4)), lambda: DistillFromCopy(1.0)],
+)  # fmt: skip
+def test_old_rows_and_teachers_do_not_go_through_another_tasks_head(make):
+    model = classifier(2)
+    model.classifier = TaskHeads({"a": 2, "b": 5}, 22)
+    for methods in ((HeadPerTask(), make()), (make(), HeadPerTask())):
+        with pytest.raises(ValueError, match="the model has TaskHeads, of which the task's own is in use"):
+            classes(model, *methods)
+
+
+def test_two_methods_do_not_share_a_buffer():
+    buffer = ReplayBuffer(4)
+    with pytest.raises(ValueError, match="two methods keep rows in one buffer"):
+        run(tiny_llama(), Replay(buffer, MIXED), AveragedGEMPerTask(buffer))
