@@ -8,9 +8,10 @@
 among all intents. "five": TREC, SNIPS, BANKING77, CLINC150, emotion; the task is known, each has its own head. "known"
 is the first stream with the task known. Joint training on all rows and the frozen probe stand beside.
 
-One JSON file a run in results/forgetting/, with the whole matrix of scores; a run that is there is not repeated. With
-`--dev` training rows that no run learns from are scored, and the runs go to results/forgetting-choice/: strengths and
-rates were chosen there, with the first order and seed 100.
+One JSON file a run in results/forgetting/, with the whole matrix of scores and, where the task is not known, which task
+rows are taken for in the end; a run that is there is not repeated. With `--dev` training rows that no run learns from
+are scored, and the runs go to results/forgetting-choice/: strengths and rates were chosen there, with the first order
+and seed 100.
 `--models` and `--data` as for `overfitting.py`, with snips (github.com/sonos/nlu-benchmark) beside.
 """
 
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, add_run_options, run_jobs
-from forgetting_data import Stage, make_model, stream
+from forgetting_data import Classifier, Stage, make_model, stream
 from forgetting_report import write
 from forgetting_table import JOINT, KNOWN, METHODS
 from transformers.utils import logging
@@ -72,6 +73,19 @@ def without_task(stage: Stage, *, own: bool) -> Stage:
     return dataclasses.replace(stage, train=stage.train if own else train, test=test)
 
 
+@torch.no_grad()
+def taken_for(model: Classifier, stages: list[Stage]) -> list[list[float]]:
+    """Return, for the rows of each task (a line), which share is said to be of a class of each task."""
+    model.eval()
+    lines = []
+    for stage in stages:
+        batches = [collate_padded(stage.test[at : at + 50]) for at in range(0, len(stage.test), 50)]
+        classes = torch.cat([model(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1) for batch in batches])
+        tasks = model.own[:-1, classes].int().argmax(0)
+        lines.append([round((tasks == number).float().mean().item(), 4) for number in range(len(stages))])
+    return lines
+
+
 def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
     """Train through the stream and return the scores."""
     torch.set_num_threads(1)
@@ -105,7 +119,8 @@ def run(job: Job, models: Path, data: Path) -> dict[str, Any]:
     if job.method in JOINT:
         return found | {"accuracy": scores[0][0]}
     matrix = ContinualMatrix(scores)
-    return found | {"accuracy": round(matrix.accuracy, 4), "forgetting": round(matrix.forgetting, 4)}
+    found |= {"accuracy": round(matrix.accuracy, 4), "forgetting": round(matrix.forgetting, 4)}
+    return found if known else found | {"taken_for": taken_for(model, stages)}
 
 
 def jobs(options: argparse.Namespace) -> Iterable[Job]:

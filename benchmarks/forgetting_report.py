@@ -62,6 +62,19 @@ def difference(runs: Runs, name: str, rival: str) -> str:
     return _text(paired_difference(values, others), sign="+")
 
 
+def taken_for(runs: Runs) -> str:
+    """Return a Markdown table of which tasks' classes the rows of all tasks are said to be of in the end, in %."""
+    lines = ["| method | runs | its own task | an earlier one | a later one |", "|---|---|---|---|---|"]
+    for name, some in runs.items():
+        squares = [one["taken_for"] for one in some.values() if "taken_for" in one]
+        if squares:
+            rows = [(i, line) for square in squares for i, line in enumerate(square)]
+            parts = [(line[i], sum(line[:i]), sum(line[i + 1 :])) for i, line in rows]
+            means = [f"{100 * sum(values) / len(rows):.1f}" for values in zip(*parts, strict=True)]
+            lines.append("| " + " | ".join([name, str(len(squares)), *means]) + " |")
+    return "\n".join(lines)
+
+
 def orderings(runs: Runs, pairs: Sequence[tuple[str, str]]) -> str:
     """Return a Markdown table of claims that one method beats another."""
     lines = ["| claim | difference in points | runs |", "|---|---|---|"]
@@ -86,8 +99,9 @@ def write(folder: Path, streams: Sequence[str]) -> None:
               ("a LoRA a task", JOINT), ("A-GEM, update", "A-GEM, gradient"))  # fmt: skip
     for stream in streams:
         if runs := read(folder, stream):
-            print(f"\n{stream}\n\n{table(runs)}\n\n{orderings(runs, claims)}")
-            plot(runs, DOCS / f"forgetting-{stream}.svg")
+            print(f"\n{stream}\n\n{table(runs)}\n\n{orderings(runs, claims)}\n\n{taken_for(runs)}")
+            if JOINT in runs:  # "known" is there for single questions
+                plot(runs, DOCS / f"forgetting-{stream}.svg")
 
 
 def _column(some: Mapping[Any, Mapping[str, Any]], field: str) -> list[float]:
