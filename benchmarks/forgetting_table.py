@@ -158,7 +158,7 @@ def _in_head(name: str) -> bool:
 
 
 def _in_body(name: str) -> bool:
-    return not name.startswith((HEAD, "encoder.embeddings.word_embeddings"))  # the latter are frozen
+    return not name.startswith((*HEAD, "encoder.embeddings.word_embeddings"))  # the latter are frozen
 
 
 def _in_layers(name: str) -> bool:
