@@ -63,7 +63,8 @@ def difference(runs: Runs, name: str, rival: str) -> str:
 
 
 def taken_for(runs: Runs) -> str:
-    """Return a Markdown table of which tasks' classes the rows of all tasks are said to be of in the end, in %."""
+    """Return a Markdown table of which tasks' classes the rows of all tasks are said to be of in the end, in %; nothing
+    where no run says it."""
     lines = ["| method | runs | its own task | an earlier one | a later one |", "|---|---|---|---|---|"]
     for name, some in runs.items():
         squares = [one["taken_for"] for one in some.values() if "taken_for" in one]
@@ -72,7 +73,7 @@ def taken_for(runs: Runs) -> str:
             parts = [(line[i], sum(line[:i]), sum(line[i + 1 :])) for i, line in rows]
             means = [f"{100 * sum(values) / len(rows):.1f}" for values in zip(*parts, strict=True)]
             lines.append("| " + " | ".join([name, str(len(squares)), *means]) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if lines[2:] else ""
 
 
 def orderings(runs: Runs, pairs: Sequence[tuple[str, str]]) -> str:
