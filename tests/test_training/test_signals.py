@@ -25,6 +25,14 @@ from llmtune.types import Callback
 NUMBERS = [signal.SIGTERM, signal.SIGINT]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A process started in the background of a shell ignores SIGINT, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(number):
     os.kill(os.getpid(), number)
 
